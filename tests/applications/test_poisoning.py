@@ -11,8 +11,8 @@ import upweight as uw
 from tests.applications.outcomes import holds
 from upweight.applications import poisoning
 from upweight.applications.poisoning import cleanse, suspects
-from upweight.errors import DataError, NotConverged, ShapeError, SpecError
-from upweight.evaluation.bootstrap import wilson
+from upweight.errors import DataError, NonFinite, NotConverged, ShapeError, SpecError
+from upweight.evaluation.bootstrap import Estimate, wilson
 from upweight.task.recipe import Trained
 from upweight.testing.attacks import Patch, backdoor, perturb_training
 from upweight.training.newton import Newton
@@ -208,21 +208,67 @@ def test_bad_questions_and_their_ways_out():
     x, clean = first(triggered, other), first(test, other)
     with pytest.raises(ShapeError, match="clean original"):
         suspects(fitted, x, first(test, other, 4))
-    with pytest.raises(ShapeError, match="one of 0…2"):
-        suspects(fitted, x, clean, target=3)
+    for target in (3, 1.5, "1"):
+        with pytest.raises(ShapeError, match="one of 0…2"):
+            suspects(fitted, x, clean, target=target)
     found = suspects(fitted, x, clean)
-    for counts in ([0], [240], []):
+    for counts in ([0], [240], [], [2.5], ["a"]):
         with pytest.raises(SpecError, match="numbers of rows"):
             cleanse(recipe, found, triggered, test, counts=counts)
     with pytest.raises(SpecError, match="percent"):
         cleanse(recipe, found, triggered, test, limit=5)
-    with pytest.raises(SpecError, match="one attack"):
-        cleanse(recipe, [], triggered, test)
+    for ranking in ([], None):
+        with pytest.raises(SpecError, match="one attack"):
+            cleanse(recipe, ranking, triggered, test)
+    with pytest.raises(SpecError, match=r"upweight.Training\(...\)"):
+        cleanse(None, found, triggered, test)
     with pytest.raises(DataError, match="true classes"):
         cleanse(recipe, found, (triggered[0], torch.zeros_like(triggered[1])), test)
+    with pytest.raises(DataError, match="clean=\\(x, y\\)"):
+        cleanse(recipe, found, triggered, first(test, other, 0))
+    missing = test[0].clone()
+    missing[7] = torch.nan
+    with pytest.raises(NonFinite, match="first 7"):
+        cleanse(recipe, found, triggered, (missing, test[1]))
     assert cleanse(recipe, found, triggered, test, counts=[12]).is_confirmed
     with pytest.raises(DataError, match="does so already"):
         backdoor(*clusters(30, 0), [0], 0, TRIGGER)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "one-hot", "squared"])
+def test_classes_are_read_by_the_loss_or_refused(kind):
+    """Labels −1 and 1 are classes 0 and 1; a vector of probabilities is no class."""
+    X, y = clusters(60, 0)
+    X, yes = X.flatten(1), (y == 1).double()
+    logits = 2 if kind == "one-hot" else 1
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, logits), *([nn.Flatten(0)] if logits == 1 else []))
+    loss = {"hinge": uw.SmoothHinge(), "one-hot": uw.CrossEntropy(), "squared": uw.SquaredError()}
+    labels = torch.stack([1 - yes, yes], dim=1) if logits == 2 else 2 * yes - 1
+    task = uw.Task(model.double(), loss[kind], uw.L2(0.1))
+    fitted = uw.GradientDot().fit(task, (X, labels))
+    if kind != "hinge":
+        with pytest.raises(DataError, match="one class each"):
+            suspects(fitted, (X[:5] + 1, labels[:5]), target=1)
+        return
+    found = suspects(fitted, (X[:5] + 1, labels[:5]), target=1)
+    assert found.labels.tolist() == yes.long().tolist()
+    cleansed = cleanse(Newton(), found, (X + 1, labels), (X, labels), counts=[3])
+    assert cleansed.sizes[0] + cleansed.sizes[1] == int((yes == 0).sum())
+    theta = Newton().prepare(task, fitted.train)(torch.ones(1, 60).double()).theta[0]
+    right = (X @ theta[:16] + theta[16] > 0) == (yes == 1)
+    assert cleansed.before.accuracy == pytest.approx(float(right.double().mean()))
+
+
+def test_an_accuracy_that_no_image_changed_is_known_as_well_as_their_number_tells():
+    _, fitted, recipe, test, triggered = setting()
+    other = test[1] != 0
+    found = suspects(fitted, first(triggered, other), first(test, other))
+    done = cleanse(recipe, found, triggered, test, counts=[12])
+    most = wilson(0, 300).high
+    assert done.before.accuracy == done.chosen.accuracy == 1.0
+    assert done.before.lost == Estimate(0, 0, 0)
+    assert done.chosen.lost == Estimate(0, -most, most)
 
 
 def test_float32_and_a_single_query():

@@ -198,6 +198,25 @@ def test_the_map_of_a_pooled_network_is_its_activations_by_hand():
     torch.testing.assert_close(both.values, cam.values.clamp(min=0))
 
 
+def test_an_activation_that_is_used_twice_has_the_map_of_its_last_use():
+    """One `relu` for all layers, as many networks have it."""
+    apart, (X, y) = pooled(), images(1)
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = apart[0], apart[2], apart[6]
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return self.last(self.relu(self.second(self.relu(self.first(x)))).mean(dim=(2, 3)))
+
+    shared, apart = (uw.Task(model, uw.CrossEntropy()) for model in (Shared(), apart))
+    for name in ("cam", "grad-cam"):
+        got = saliency.output(shared, (X, y), name, target=1).values
+        torch.testing.assert_close(got, saliency.output(apart, (X, y), name, target=1).values)
+
+
 def test_a_network_without_pooling_has_no_class_activation_map():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)).double()
     task = uw.Task(model, uw.CrossEntropy())
@@ -274,6 +293,29 @@ def test_retraining_confirms_who_makes_the_model_look_there(share):
     )
     for one, two in zip(predicted, actual, strict=True):
         assert float(torch.corrcoef(torch.stack([one, two]))[0, 1]) > 0.95
+
+
+def test_a_baseline_may_be_an_array(fitted):
+    queries, mean = rows(1, seed=1), rows(30)[0].mean(dim=0)
+    want, got = (saliency.output(fitted.task, queries, baseline=b) for b in (mean, mean.numpy()))
+    assert torch.equal(got.values, want.values)
+    region = torch.tensor([True, False, True, False])
+    of_tensor, of_array = (
+        saliency.Mass("input-x-gradient", region, baseline=b) for b in (mean, mean.numpy())
+    )
+    assert repr(of_array) == repr(of_tensor)
+    asked = (fitted.attribute(queries, mass).values for mass in (of_tensor, of_array))
+    assert torch.equal(*asked)
+
+
+@IMPORTING
+@pytest.mark.parametrize("name", ["smoothgrad", "lime", "shap"])
+def test_a_map_that_is_drawn_says_that_its_entries_are_estimates(name):
+    if name != "smoothgrad":
+        pytest.importorskip(name)
+    task = uw.Task(smooth(), uw.CrossEntropy())
+    assert "another seed=" in str(saliency.output(task, rows(1), name))
+    assert "another seed=" not in str(saliency.output(task, rows(1), "gradient"))
 
 
 def test_masses_of_other_regions_are_other_measures():
@@ -406,6 +448,10 @@ def test_bad_input_says_the_way_out(fitted):
         fitted.attribute(queries, saliency.Mass("gradient", torch.ones(4)))
     with pytest.raises(ShapeError):
         saliency.score(fitted, queries, 30)
+    with pytest.raises(ShapeError, match="one training example"):
+        saliency.score(fitted, queries, [1, 2])
+    with pytest.raises(SpecError, match="a number, or an input"):
+        saliency.output(fitted.task, queries, baseline="mean")
     with pytest.raises(SpecError, match="whole number"):
         saliency.IntegratedGradients(steps=0)
     words = uw.Task(nn.Sequential(nn.EmbeddingBag(5, 4), nn.Linear(4, 2)), uw.CrossEntropy())

@@ -354,6 +354,18 @@ def test_a_step_is_the_lowest_point_of_its_ball():
     assert float(far.max()) == pytest.approx(12) and bool(far.isfinite().all())
 
 
+def test_rows_that_lost_all_weight_stay_without_it(noisy):
+    """A ball that holds a corner of the simplex: what is left is one row, and no NaN."""
+    train, guide, _, _ = noisy
+    train, guide = map(tensors, (train, guide))
+    found = selection.reweight(
+        softmax(train), NEWTON, guide, steps=np.int64(2), radius=1000.0, bootstrap=FEW
+    )
+    assert bool(found.w.isfinite().all()) and float(found.w.sum()) == pytest.approx(len(train[0]))
+    assert [each.effective_n for each in found.path] == pytest.approx([len(train[0]), 1, 1])
+    assert not any("NaN" in note for note in found.notes)
+
+
 def test_the_look_ahead_follows_gradient_products_that_are_positive():
     train, guide, _ = unbalanced()
     (X, y), (V, u) = ((torch.tensor(X), torch.tensor(y == 4).long()) for X, y in (train, guide))
@@ -459,11 +471,13 @@ def test_what_cannot_be_selected_is_refused_and_the_way_out_works(noisy):
         ),
         (
             lambda: subset(fitted, 0.7, "drop", validation=guide, test=missing, recipe=NEWTON),
-            NonFinite, "nan for example 2",
+            NonFinite, "example 2, loss nan",
         ),
+        (lambda: reweight(fitted, NEWTON, missing, test=guide), NonFinite, "validation data"),
         (lambda: subset(ranking, 0.7, "drop", validation=guide), NotOffered, "θ̂ moves to"),
         (lambda: reweight(fitted, None, guide), SpecError, "no recipe"),
         (lambda: reweight(fitted, NEWTON, guide, steps=0), SpecError, "steps=0"),
+        (lambda: reweight(fitted, NEWTON, guide, radius="2"), SpecError, "radius='2'"),
         (lambda: reweight(fitted, NEWTON, guide, rule="drop"), SpecError, "'drop'"),
         (lambda: reweight(ranking, NEWTON, guide), NotOffered, "no derivatives"),
         (lambda: reweight(fitted, Failing({1}), guide), NotConverged, "it diverged"),

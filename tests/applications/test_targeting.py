@@ -74,6 +74,13 @@ def test_where_nothing_can_be_learned_nothing_is_claimed():
     assert "BM25 is left out" in " ".join(found.notes)
 
 
+def test_a_method_that_ranks_predicts_no_change_of_the_loss(mixed):
+    of, guide = fitted(mixed), rows(40, 2)
+    ranked = selection.for_target(uw.GradientDot().fit(of.task, of.train), guide, 0.3)
+    assert ranked.predicted is None and selection.for_target(of, guide, 0.3).predicted < 0
+    holds(ranked)
+
+
 def test_what_cannot_be_meant_is_refused(mixed):
     of, guide = fitted(mixed), rows(40, 2)
     with pytest.raises(SpecError, match=r"share=0\.05"):

@@ -173,6 +173,51 @@ def test_it_grows_once_by_each_file_also_after_a_kill(place, built):
     assert {each["source"] for each in both["lowers"]} >= {"more.jsonl 0", "train.jsonl 0"}
 
 
+def test_a_part_of_the_shards_is_not_said_to_be_the_index(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("project.py").write_text(PROJECT)
+    build = ["index", "build", "project.py:task", "--train", "project.py:train", "--out", "index"]
+    said = lambda *words: CliRunner().invoke(cli, [*words]).output  # noqa: E731
+    part = said(*build, "--shards", "2/2")  # of one shard, which is the first job's
+    assert "those of other shards are missing" in part and "verify" not in part
+    asked = ["index", "top", "index", "--project", "project.py", "--queries", "project.py:test"]
+    assert "`upweight index build …`" in said(*asked)
+    assert "20 rows" in said(*build, "--shards", "1/2")
+    run(*asked)
+
+
+def test_an_index_grows_by_objects_once_and_by_no_empty_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("project.py").write_text(PROJECT + "none, more = (X[:0], X[:0, 0].long()), test\n")
+    run("index", "build", "project.py:task", "--train", "project.py:train", "--out", "index")
+    extend, named = ["index", "extend", "index"], ["--project", "project.py"]
+    assert run(*extend, "project.py:more", *named)[0]["rows"] == 24
+    for again in ("more", "train"):
+        refused, _ = run(*extend, f"project.py:{again}", *named, code=1)
+        assert refused["error"] == "SpecError" and "whose rows it has" in refused["message"]
+    assert run(*extend, "project.py:none", *named, code=1)[0]["error"] == "DataError"
+    asked = ["index", "top", "index", *named, "--queries", "project.py:test", "-k", "24"]
+    found, _ = run(*asked)
+    assert len(found["queries"][0]["lowers"]) == 24
+
+
+def test_what_a_killed_command_appended_is_not_taken_for_another_object(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("project.py").write_text(PROJECT + "other = (test[0] + 1, test[1])\n")
+    run("index", "build", "project.py:task", "--train", "project.py:train", "--out", "index")
+    extend, named = ["index", "extend", "index"], ["--project", "project.py"]
+    before = IndexRecord.read(Path("index"))
+    run(*extend, "project.py:test", *named)
+    before.write(Path("index"))  # as if it was killed before its last line
+    refused, _ = run(*extend, "project.py:other", *named, code=1)
+    assert refused["error"] == "StaleStore" and "example 20 was another" in refused["message"]
+    assert run(*extend, "project.py:test", *named)[0]["rows"] == 24
+    transform = Path("index/transform.safetensors")
+    transform.unlink()
+    refused, _ = run("index", "verify", "index", *named, code=1)
+    assert refused["error"] == "StaleStore" and "no file in its place" in refused["message"]
+
+
 def test_a_project_is_named_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "project.py").write_text(PROJECT)

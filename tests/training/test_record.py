@@ -209,6 +209,43 @@ def test_frozen_layers_and_a_part_of_theta(tmp_path):
     uw.TracIn().fit(about, data(N), history=history)
 
 
+@pytest.mark.parametrize("how", ["unfrozen", "frozen", "group"])
+def test_layers_that_change_in_a_run_are_refused_and_each_part_is_a_run(tmp_path, how):
+    model, every = net(), batches(N, 5, 1)
+    model[0].requires_grad_(how == "frozen")
+    chosen = [p for p in model.parameters() if p.requires_grad] if how == "group" else None
+    rule = torch.optim.SGD(chosen or model.parameters(), 0.1)
+    with uw.record(model, rule, tmp_path / "one", every=1) as run:
+        loop(model, rule, data(N), every, run)
+        model[0].requires_grad_(how != "frozen")
+        if how == "group":
+            rule.add_param_group({"params": list(model[0].parameters())})
+        with pytest.raises(SpecError, match="frozen or unfrozen"):
+            loop(model, rule, data(N), 2 * every, run)
+    with uw.record(model, rule, tmp_path / "two", every=1) as run:
+        loop(model, rule, data(N), every, run)
+    task = uw.Task(model, uw.CrossEntropy())
+    uw.TracIn().fit(task, data(N), history=run.history(task))
+    if how != "frozen":
+        with pytest.raises(StaleStore, match="were frozen"):
+            uw.training.read_record(task, tmp_path / "one")
+
+
+@pytest.mark.parametrize("method", [uw.TracIn(), uw.SOURCE(2), uw.TracIn(batches=True)])
+def test_examples_that_no_step_used_are_named(tmp_path, method):
+    model = net()
+    rule = torch.optim.SGD(model.parameters(), 0.1)
+    with uw.record(model, rule, tmp_path, every=1) as run:
+        loop(model, rule, data(N), [torch.arange(3)] * 4, run)
+    task = uw.Task(model, uw.CrossEntropy())
+    scores = method.fit(task, data(N), history=run.history(task)).attribute(data(2))
+    said = [note for note in scores.provenance.notes if "no step" in note]
+    if method == uw.TracIn(batches=True):
+        assert not said and not scores.values[:, 3:].any()
+    else:
+        assert len(said) == 1 and said[0].startswith(f"{N - 3} of {N} examples")
+
+
 def test_nothing_of_the_users_is_touched(tmp_path):
     train, steps = data(N), batches(N, 5, 2)
     plain = net()

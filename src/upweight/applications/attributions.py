@@ -30,12 +30,17 @@ class Attribution(abc.ABC):
         is_linear: Whether the map of m₁ + m₂ is the sum of both maps.
         follows: Whether it asks for values and gradients of m alone, so that derivatives in θ can
             be taken of the map.
+        drawn: What is drawn at random, in words: entries are then estimates. "" where nothing is.
     """
 
     name: ClassVar[str]
     adds_up: ClassVar[bool] = False
     is_linear: ClassVar[bool] = True
     follows: ClassVar[bool] = False
+
+    @property
+    def drawn(self) -> str:
+        return ""
 
     @abc.abstractmethod
     def raw(self, m: Any, x: Float[Tensor, "1 *x"], baseline: Float[Tensor, "1 *x"]) -> Tensor:
@@ -131,6 +136,10 @@ class SmoothGrad(Attribution):
 
     def __post_init__(self) -> None:
         _require_count("SmoothGrad(samples=)", self.samples)
+
+    @property
+    def drawn(self) -> str:
+        return f"{self.samples} noisy inputs"
 
     def raw(self, m: Function, x: Tensor, baseline: Tensor) -> Tensor:
         draw = np.random.default_rng(self.seed).standard_normal((self.samples, *x.shape[1:]))
@@ -235,8 +244,13 @@ class CAM(Attribution):
         head = m.weighted(weights)
         A, gradients = _activations(m, x, layer, head)
         w = gradients.mean(dim=(2, 3), keepdim=True)
+
+        def twice(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+            # A module that is used several times gives A at its last use.
+            return 2 * A if torch.equal(output, A) else output
+
         with torch.no_grad():
-            with m.model.get_submodule(layer).register_forward_hook(lambda *_: 2 * A):
+            with m.model.get_submodule(layer).register_forward_hook(twice):
                 doubled = head(x)[0]
             step = doubled - head(x)[0]
         size = float((gradients * A).abs().sum())

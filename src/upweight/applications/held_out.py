@@ -23,6 +23,7 @@ from upweight.methods.fitted import Fitted
 from upweight.methods.method import Method
 from upweight.runtime.resources import Resources
 from upweight.runtime.streams import stream
+from upweight.task.check import checked_losses
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.losses import Loss, Weighted
@@ -54,6 +55,7 @@ def splits(fitted: Fitted, validation: Any, test: Any, seed: int) -> Splits:
     Raises:
         DataError: There is no validation set or too small a one, or two of the three hold the same
             examples.
+        UpweightError: As for `checked_losses` of the validation and the test data.
     """
     task, train = fitted.task, fitted.train
     if validation is None:
@@ -86,6 +88,9 @@ def splits(fitted: Fitted, validation: Any, test: Any, seed: int) -> Splits:
                 f"cut it in two, and pass one part as validation={'' if judge is None else ' and '}"
                 f"{'' if judge is None else 'the other as test='}.",
             )
+    for name, data in named.items():
+        if data is not train:  # before the trainings, which a missing value would waste
+            checked_losses(task, data, f"{name} data")
     order = torch.randperm(len(guide), generator=stream("halves", seed)).tolist()
     half = len(order) // 2
     return Splits(guide, (guide.subset(order[:half]), guide.subset(order[half:])), judge)

@@ -165,6 +165,11 @@ class Map(Outcome):
                 f"with the upper weights shuffled the map is much the same (rank correlation "
                 f"{max(alike):.2f}): it shows the input more than what the model learned"
             )
+        if self.method.drawn:
+            said.append(
+                f"its entries are estimates from {self.method.drawn}: another seed= says how far "
+                "they may be off"
+            )
         if self.method.name in ("guided-backprop", "deconvolution"):
             said.append(
                 "it hardly depends on the upper weights (Adebayo et al. 2018; Nie et al. 2018)"
@@ -314,7 +319,7 @@ def score(
         )
     chosen, measure = attribution(method), as_measure(measure)
     task, theta, n = fitted.task, fitted.theta, len(fitted.train)
-    (i,) = places(example, n, "Training examples", least=1)
+    i = _one_of(example, n)
     moved = task.layout.flatten(fitted.parameter_influence(i)) / n
     data = task.queries(queries)
     probe = require_answerable(task, data, "queries")
@@ -369,8 +374,8 @@ def _maps(
     rows = list(rows)
     besides = [row.beside for row in rows if row.beside is not None]
     uses = method.adds_up or method.name in ("input-x-gradient", "deletion", "lime", "additive")
-    is_number = not isinstance(baseline, Tensor)
-    said = f"{baseline:g} everywhere" if is_number else "an input that was given"
+    is_number = torch.as_tensor(baseline).ndim == 0
+    said = f"{float(baseline):g} everywhere" if is_number else "an input that was given"
     return Map(
         method,
         about,
@@ -415,6 +420,18 @@ def _of_score(
     return _Row(m.x[0], raw[0], method.finished(raw)[0], total), missed
 
 
+def _one_of(example: Any, n: int) -> int:
+    found = places(example, n, "Training examples", least=1)
+    if len(found) > 1:
+        raise ShapeError(
+            "A map of a score is of one training example.",
+            f"{len(found)} of them.",
+            "the strongest examples, all at once.",
+            "one call for each: [score(fitted, queries, i, method) for i in examples].",
+        )
+    return found[0]
+
+
 def _gradient(
     task: Task, theta: Tensor, batch: Batch, measure: Callable[..., Tensor]
 ) -> Float[Tensor, " p"]:
@@ -448,13 +465,22 @@ def attribution(method: Any) -> Attribution:
     )
 
 
-def baseline_of(given: float | Tensor, x: Float[Tensor, "1 *x"]) -> Float[Tensor, "1 *x"]:
+def baseline_of(given: Any, x: Float[Tensor, "1 *x"]) -> Float[Tensor, "1 *x"]:
     """x₀ for an input.
 
     Raises:
+        SpecError: It is no number and no array.
         ShapeError: It is not of the input's shape.
     """
-    if not isinstance(given, Tensor):
+    if isinstance(given, str | bytes) or given is None:
+        raise SpecError(
+            "A baseline is what a feature has where it is taken away: a number, or an input.",
+            f"{given!r}.",
+            "the name of a baseline.",
+            "baseline=X.mean(dim=0), or baseline=0.0.",
+        )
+    given = torch.as_tensor(given)
+    if given.ndim == 0:
         return torch.full_like(x, float(given))
     if given.shape != x.shape[1:]:
         raise ShapeError(

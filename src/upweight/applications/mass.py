@@ -65,8 +65,8 @@ class Mass(Measure):
     def __repr__(self) -> str:
         region = torch.as_tensor(self.region)
         baseline = self.baseline
-        if isinstance(baseline, Tensor):
-            baseline = f"#{checksum(baseline):x}"  # type: ignore[assignment]
+        if not isinstance(baseline, int | float):
+            baseline = f"#{checksum(torch.as_tensor(baseline)):x}"  # type: ignore[assignment]
         return (
             f"Mass({self._chosen!r}, region=#{checksum(region.contiguous()):x}, "
             f"share={self.share}, target={described(self.target)}, baseline={baseline}, "

@@ -186,6 +186,10 @@ class LIME(Attribution):
     seed: int = 0
     name = "lime"
 
+    @property
+    def drawn(self) -> str:
+        return f"{self.samples} sets of patches"
+
     def raw(self, m: Explained, x: Tensor, baseline: Tensor) -> Tensor:
         with _explain("lime"):
             from lime.lime_base import LimeBase
@@ -222,6 +226,10 @@ class SHAP(Attribution):
     seed: int = 0
     name = "shap"
     adds_up = True
+
+    @property
+    def drawn(self) -> str:
+        return f"{self.orders} orders of the patches"
 
     def raw(self, m: Explained, x: Tensor, baseline: Tensor) -> Tensor:
         with _explain("shap"):

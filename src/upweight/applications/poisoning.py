@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from upweight._typing import Axes, Batch, DataFrame, Params
+from upweight.applications.held_out import class_of
 from upweight.applications.outcome import Outcome, as_table
-from upweight.errors import DataError, NotConverged, ShapeError, SpecError
+from upweight.errors import DataError, NonFinite, NotConverged, ShapeError, SpecError
 from upweight.evaluation import bootstrap, mislabel
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, wilson
 from upweight.methods.fitted import Fitted
@@ -38,7 +39,7 @@ from upweight.methods.members import members_given
 from upweight.plot import axes, reaches
 from upweight.runtime.fingerprint import described, digest
 from upweight.runtime.resources import Resources
-from upweight.runtime.selection import places
+from upweight.runtime.selection import is_row, places
 from upweight.runtime.streams import stream
 from upweight.scores import Unit
 from upweight.task.data import Data, batch_size
@@ -297,16 +298,17 @@ def suspects(
     queries = task.queries(triggered)
     beside = None if clean is None else task.queries(clean)
     _require_pairs(queries, beside)
-    answers, _, classes = _answers(task, fitted.theta, queries)
+    answers, classes = _answers(task, fitted.theta, queries)
     if target is None:
         target = int(answers.mode().values)
-    if not 0 <= target < classes:
+    if not is_row(target, classes):
         raise ShapeError(
             f"The attack's class is one of 0…{classes - 1}.",
-            f"target={target}.",
-            "a class counted from 1.",
+            f"target={target!r}.",
+            "a class counted from 1, or its name.",
             "leave target out: it is then what the model answers most often.",
         )
+    target, labels = int(target), _classes(task, fitted.theta, fitted.train)
     batch = None if beside is None else task.to_device(beside.batch(0, len(beside)))
     question = Functional(_Question(measure, target, batch))
     values = fitted.attribute(queries, question).values[0]
@@ -319,7 +321,6 @@ def suspects(
             at = spec.fit(task.moved_to(theta.to(fitted.theta)), fitted.train)
             parts.append(at.attribute(queries, question).values[0])
         values, states = torch.stack([_unit(part) for part in parts]).mean(dim=0), len(parts) - 1
-    labels = _answers(task, fitted.theta, fitted.train)[1]
     return Suspects(
         fitted=fitted,
         target=target,
@@ -525,18 +526,26 @@ def cleanse(
     Raises:
         SpecError: A count is not between 1 and n − 1, or the limit not between 0 and 1; the
             rankings are of several attacks.
-        DataError: Fewer than two triggered images are of another class.
+        DataError: Fewer than two triggered images are of another class, or there is no clean one.
+        NonFinite: The model's answer to an image is NaN or infinite.
         NotConverged: The fit with all rows, or every other, failed.
         StaleStore: The folder holds refits of another model, recipe or training set.
 
     Cost: a training for each ranking and count, one with all rows, and one for the control.
     """
-    rankings = [suspects] if isinstance(suspects, Suspects) else list(suspects)
+    rankings = list(suspects) if isinstance(suspects, Sequence) else [suspects]
     fitted, target = _one_attack(rankings)
     task, train, n = fitted.task, fitted.train, len(fitted.train)
     tried = _counts(counts, n, limit)
     halves = _halves(task, fitted.theta, task.queries(triggered), target, seed)
     tests = task.queries(clean)
+    if not len(tests):
+        raise DataError(
+            "What a refit costs is measured on test data without the trigger.",
+            "no example.",
+            "a filter that left nothing.",
+            "pass clean=(x, y), some hundred of them.",
+        )
     using = (fitted.resources if resources is None else resources).within("cleanse")
     trainer = kept_trainer(recipe, task, train, using)
     failed: list[str] = []
@@ -553,6 +562,7 @@ def cleanse(
     if start is None:
         raise _no_fit(failed)
     right, first = _right(task, start, tests), rankings[0]
+    nothing = Estimate(0.0, 0.0, 0.0)
 
     def measured(name: str, rows: Sequence[int], theta: Tensor, ranking: Suspects) -> Removed:
         now = _right(task, theta, tests)
@@ -562,7 +572,7 @@ def cleanse(
         predicted = None
         if ranking.fitted.spec.unit is Unit.DERIVATIVE and not ranking.states:
             predicted = -float(ranking.predicted[list(rows)].sum())
-        lost = _mean(right - now, bootstrap)
+        lost = _mean(right - now, bootstrap) if rows else nothing
         clean_accuracy = float(now.mean())
         kept = tuple(rows)
         return Removed(
@@ -604,21 +614,60 @@ def _chosen(curve: Sequence[Removed], limit: float) -> int:
     return min(range(len(curve)), key=lambda k: (curve[k].chosen_on.value, curve[k].count))
 
 
-def _answers(
-    task: Task, theta: Float[Tensor, " p"], data: Data
-) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], int]:
-    """The class that the model answers, the class in the data, and how many classes there are."""
-    answers, truths, classes = [], [], 0
+def _answers(task: Task, theta: Float[Tensor, " p"], data: Data) -> tuple[Int[Tensor, " n"], int]:
+    """The class that the model answers, and how many classes there are."""
+    answers, classes = [], 0
+    with torch.no_grad():
+        for start, _, batch in data.batches(batch_size(task.layout.size, theta.element_size())):
+            outputs, _ = task.outputs(theta, task.to_device(batch))
+            _require_logits(outputs)
+            if not bool(outputs.isfinite().all()):  # argmax would take the first for the answer
+                bad = (~outputs.reshape(len(outputs), -1).isfinite().all(dim=1)).nonzero()[:, 0]
+                raise NonFinite(
+                    "The class that a model answers is read from finite logits.",
+                    f"{len(bad)} examples with others, first {start + int(bad[0])}.",
+                    "missing values in the inputs, or training that diverged.",
+                    "leave these examples out, or fill their missing values.",
+                )
+            classes = max(2, outputs.shape[1] if outputs.ndim == 2 else 1)
+            flat = outputs.reshape(len(outputs), -1)
+            answers.append((flat[:, 0] > 0).long() if flat.shape[1] == 1 else flat.argmax(dim=1))
+    return torch.cat(answers), classes
+
+
+def _classes(task: Task, theta: Float[Tensor, " p"], data: Data) -> Int[Tensor, " n"]:
+    """The class in the data of each example.
+
+    Raises:
+        DataError: The targets are no classes.
+    """
+    found = []
     with torch.no_grad():
         for _, _, batch in data.batches(batch_size(task.layout.size, theta.element_size())):
             outputs, targets = task.outputs(theta, task.to_device(batch))
             _require_logits(outputs)
-            classes = max(2, outputs.shape[1] if outputs.ndim == 2 else 1)
-            flat = outputs.reshape(len(outputs), -1)
-            answers.append((flat[:, 0] > 0).long() if flat.shape[1] == 1 else flat.argmax(dim=1))
-            y = targets[0] if isinstance(targets, tuple | list) else targets
-            truths.append(y.reshape(len(outputs), -1)[:, 0].long())
-    return torch.cat(answers), torch.cat(truths), classes
+            classes = class_of(task.loss, outputs, targets)
+            found.append(_whole(outputs, targets) if classes is None else classes)
+    return torch.cat(found)
+
+
+def _whole(outputs: Tensor, targets: Any) -> Int[Tensor, " b"]:
+    """The classes of a loss that has no margin: whole numbers beside several logits.
+
+    Raises:
+        DataError: The targets are none.
+    """
+    y, b = tree_leaves(targets)[0], len(outputs)
+    whole = isinstance(y, Tensor) and not y.is_floating_point() and y.numel() == b
+    if not whole or outputs.numel() == b:
+        raise DataError(
+            "An attack is on a classifier whose examples have one class each.",
+            f"targets {tuple(y.shape)} of {y.dtype}, of a loss that does not say which class.",
+            "class probabilities, one-hot vectors, or a regression on -1 and 1.",
+            "pass classes counted from 0 as whole numbers, with CrossEntropy() on their logits or "
+            "Bernoulli() on one.",
+        )
+    return y.reshape(-1).long()
 
 
 def _centered(outputs: Float[Tensor, "q *c"], target: int) -> Float[Tensor, " q"]:
@@ -637,8 +686,8 @@ def _value(task: Task, theta: Float[Tensor, " p"], queries: Data, question: Func
 
 
 def _right(task: Task, theta: Float[Tensor, " p"], data: Data) -> Float[Tensor, " q"]:
-    answers, truths, _ = _answers(task, theta, data)
-    return (answers == truths).double().cpu()
+    right = _answers(task, theta, data)[0] == _classes(task, theta, data)
+    return right.double().cpu()
 
 
 def _success(task: Task, theta: Float[Tensor, " p"], data: Data, target: int) -> Estimate:
@@ -649,6 +698,9 @@ def _success(task: Task, theta: Float[Tensor, " p"], data: Data, target: int) ->
 def _mean(values: Float[Tensor, " q"], how: Bootstrap) -> Estimate:
     if len(values) == 1:  # nothing to draw from: the whole range
         return Estimate(float(values), -1.0, 1.0)
+    if not bool(values.any()):  # none of n was lost or won, which is not to say that none ever is
+        most = wilson(0, len(values)).high
+        return Estimate(0.0, -most, most)
     return bootstrap.mean(values, how)
 
 
@@ -656,8 +708,7 @@ def _halves(
     task: Task, theta: Float[Tensor, " p"], data: Data, target: int, seed: int
 ) -> tuple[Data, Data]:
     """Triggered images of other classes: those that choose, and those that report."""
-    _, truths, _ = _answers(task, theta, data)
-    others = (truths != target).nonzero()[:, 0].cpu()
+    others = (_classes(task, theta, data) != target).nonzero()[:, 0].cpu()
     if len(others) < 2:
         raise DataError(
             "The success of an attack is measured on images of other classes than its own.",
@@ -696,11 +747,12 @@ def _counts(counts: Sequence[int] | None, n: int, limit: float) -> list[int]:
         )
     if counts is None:
         counts = [max(1, round(share * n)) for share in SHARES]
-    tried = sorted(dict.fromkeys(int(count) for count in counts))
-    if not tried or tried[0] < 1 or tried[-1] >= n:
+    given = list(counts)
+    tried = sorted({int(count) for count in given if is_row(count, n)} - {0})
+    if not tried or not all(is_row(count, n) and count for count in given):
         raise SpecError(
             f"Counts are numbers of rows to remove, each between 1 and {n - 1}.",
-            f"counts={list(counts)}.",
+            f"counts={given}.",
             "shares of the data in place of numbers of rows.",
             f"counts=[{max(1, n // 100)}, {max(1, n // 50)}], or none for shares of 0.5 to 10 %.",
         )

@@ -21,6 +21,7 @@ the other. Where the change against the start has an interval with 0 in it, the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -354,7 +355,8 @@ class Walk:
         method = None if self.rule == "exact" else GradientDot()
         here = self.refits.at_weights(theta, w, method)
         by_log = mean_loss_scores(here, weighing_one(here, guide))
-        return by_log / w  # scores of wᵢ ℓᵢ in a factor are wᵢ ∂L/∂wᵢ
+        # Scores of wᵢ ℓᵢ in a factor are wᵢ ∂L/∂wᵢ. A row of weight 0 never comes back.
+        return torch.where(w > 0, by_log / w, 0.0)
 
 
 def entropic_step(
@@ -460,10 +462,11 @@ def _require_meant(steps: Any, radius: Any, rule: Any) -> None:
             "a rule of `subset`.",
             "rule='exact', or rule='lookahead' for Ren et al. (2018).",
         )
-    if not (isinstance(steps, int) and steps >= 1 and 0 < radius < float("inf")):
+    numbers = isinstance(steps, Integral) and isinstance(radius, Real)
+    if not (numbers and steps >= 1 and 0 < radius < float("inf")):
         raise SpecError(
             "A path has at least one step, and each step a radius above 0.",
-            f"steps={steps}, radius={radius}.",
+            f"steps={steps!r}, radius={radius!r}.",
             "0 meant as no limit.",
             "steps=10, radius=0.02; the number of steps is chosen by cross-fitting.",
         )

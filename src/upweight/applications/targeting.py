@@ -32,6 +32,7 @@ from upweight.methods.neighbours import FeatureSimilarity
 from upweight.plot import axes
 from upweight.runtime.resources import Resources
 from upweight.runtime.streams import stream
+from upweight.scores import Unit
 from upweight.task.recipe import Recipe
 from upweight.training.kept import kept_trainer
 from upweight.training.subset_models import reseeded_from
@@ -48,7 +49,7 @@ class Target(Outcome):
         n: Of how many.
         scores: φᵢ of every example.
         predicted: Σ (wᵢ − 1) φᵢ, the change of the mean validation loss to first order: far from
-            w = 1 a direction and no size.
+            w = 1 a direction and no size. None of a method that ranks.
         losses: Mean losses on the test data `[s, q]` of the models trained on each choice, from s
             seeds; empty where nothing was trained.
         differences: Of the mean test loss, chosen less each other choice; intervals draw seeds and
@@ -60,7 +61,7 @@ class Target(Outcome):
     rows: Int[Tensor, " m"]
     n: int
     scores: Float[Tensor, " n"]
-    predicted: float
+    predicted: float | None
     losses: Mapping[str, Float[Tensor, "s q"]]
     differences: Mapping[str, Estimate]
     level: float
@@ -200,7 +201,9 @@ def for_target(
     source = asked.scores if isinstance(asked, Index) else fitted.attribute
     phi = source(split.validation, MEAN_LOSS).values[0].detach().cpu().double()
     rows = _smallest(phi, m)
-    predicted = float(((_weights(n, rows) - 1) * phi).sum())
+    predicted = None
+    if fitted.spec.unit is Unit.DERIVATIVE:
+        predicted = float(((_weights(n, rows) - 1) * phi).sum())
     if split.test is None:
         return Target(rows, n, phi, predicted, {}, {}, bootstrap.level)
 

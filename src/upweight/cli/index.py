@@ -26,7 +26,7 @@ from upweight.cli.opened_index import (
 from upweight.cli.project import opened
 from upweight.cli.question import NAMES, with_training_data
 from upweight.cli.screen import Answer, continued_by, duration, say, size, table, verb
-from upweight.errors import SpecError
+from upweight.errors import DataError, SpecError
 from upweight.index.index import BITS, Index
 from upweight.methods.method import Method
 from upweight.runs.forecast import IndexForecast, index_forecast
@@ -34,6 +34,7 @@ from upweight.runs.indexed import IndexRecord
 from upweight.runs.record import relative_to
 from upweight.runtime.atomic import make_folder
 from upweight.runtime.selection import spaced
+from upweight.runtime.store import FINISHED
 from upweight.runtime.versions import library_versions
 from upweight.task.data import Data
 
@@ -178,6 +179,7 @@ def build(
         )  # fmt: skip
         naming = _naming(hf, task)
         texts = "--text TEXT" if model.tokenizer else "--queries FILE.py:NAME"
+        finished = (out / FINISHED).exists()
         lines = [
             f"{out}: {len(examples)} rows of {made.bytes_per_example} bytes",
             f"  next: upweight index verify {shlex.quote(str(out))} {naming}",
@@ -185,7 +187,14 @@ def build(
         ]
         if model.tokenizer:
             lines.append(f"        upweight view {shlex.quote(str(out))} {naming}")
+        if not finished:
+            lines = [
+                f"{out}: the rows of --shards {shards}; those of other shards are missing",
+                "  next: the same command with each other --shards; without it, it makes what is "
+                "missing",
+            ]
         facts = {"index": str(out), "rows": len(examples), "numbers": made.numbers,
+                 "finished": finished,
                  "bytes_per_example": made.bytes_per_example, "seconds": dict(made.seconds),
                  "expected": None if expected is None else asdict(expected)}  # fmt: skip
         return Answer("\n".join(lines), facts)
@@ -213,14 +222,26 @@ def extend(folder: Path, more: str, **named: Any) -> Answer:
     ):
         data, made, record = found.model.examples(more), found.index, found.record
         source, before = source_of(more, folder, len(data)), sum(map(len, found.data))
-        if source.sha256 and source.sha256 in [each.sha256 for each in record.sources]:
+        # An object is read by its name whenever the index is opened: one name, the same examples.
+        known = [each.sha256 or each.name for each in record.sources]
+        if not len(data):
+            raise DataError(
+                "An index is extended with at least one example.",
+                f"{more}, which holds none.",
+                "a filter that left nothing, or another file.",
+                "nothing is left to do; name what holds the new examples.",
+            )
+        if (source.sha256 or source.name) in known:
             raise SpecError(
                 "An index is extended with examples that it does not have.",
                 f"{more}, whose rows it has.",
                 "the same command twice, or the file that it was built on.",
-                "nothing is left to do; name a file with the new examples only.",
+                "nothing is left to do; name a file, or an object of another name, with the new "
+                "examples only.",
             )
-        if len(made) != before + len(data):  # else all that is left to do is to say so
+        if len(made) == before + len(data):  # all that is left to do is to say so
+            made.require_examples(data, before)
+        else:
             made.extend(data, source=source.name)
         replace(record, sources=(*record.sources, source)).write(folder)
         after = len(made)

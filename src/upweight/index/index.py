@@ -34,7 +34,10 @@ from upweight.task.data import Data
 from upweight.task.identity import contents, described, model_described
 from upweight.task.measures import Loss
 
-AGAIN = "the same Index.build(…) or index.extend(…), which makes only what is missing"
+AGAIN = (
+    "the same Index.build(…), index.extend(…) or `upweight index build …`, which makes only what "
+    "is missing"
+)
 
 BITS = 1
 """Of a number of a row, unless told otherwise."""
@@ -274,6 +277,14 @@ class Index:
                 self._held.append((n, examples))
             self._end = n + len(examples)
             self.seconds["rows"] = time.perf_counter() - started
+
+    def require_examples(self, data: Any, offset: int) -> None:
+        """That the rows from `offset` on are those of these examples; reads all of them.
+
+        Raises:
+            StaleStore: They are of others.
+        """
+        self._rows.require_same(_data(self.fitted, data), offset)
 
     def _add(self, data: Data, offset: int, source: str | None, share: tuple[int, int]) -> None:
         rows, n = self._rows, offset + len(data)

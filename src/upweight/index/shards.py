@@ -121,6 +121,11 @@ class Rows:
                     if is_mine and not self._exists(shard):
                         self._make(shard, transform, passes, data, offset)
 
+    def require_same(self, data: Data, offset: int) -> None:
+        """Refuse, by a StaleStore, other examples than those whose rows begin at `offset`."""
+        for shard in self.shards(offset + len(data), offset):
+            self._require_same(shard, data, offset)
+
     def finish(self, n: int, facts: Mapping[str, Any]) -> None:
         """Name the shards of n rows, if all are there, and remove what they replace."""
         names = [TRANSFORM, *(shard.name for shard in self.shards(n))]

@@ -51,6 +51,7 @@ from upweight.training.history import (
     is_penalty,
     rates,
     trained_on,
+    unused_notes,
 )
 from upweight.training.optimizers import SGD, AdamW
 
@@ -142,7 +143,10 @@ class SOURCE(Method):
         fitting.checked_losses()
         reached, parts = rates(history), []
         moved = reached * factors(history)
-        notes = [*decay_notes(history, fitting.task)]
+        notes = [
+            *decay_notes(history, fitting.task),
+            *unused_notes(history, len(fitting.data)),
+        ]
         left_out = torch.zeros_like(fitting.theta, dtype=torch.bool)
         first = self.segment or 0  # those before it change nothing in it
         for steps, states in segments_of(history, self.segments, self.states)[first:]:

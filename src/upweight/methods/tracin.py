@@ -29,7 +29,7 @@ from upweight.methods.points import SeveralScorers, SumOfScorers
 from upweight.methods.scorer import Asked, JobOf, Scorer, TokenScores, Work
 from upweight.scores import Unit
 from upweight.task.point import Point
-from upweight.training.history import History, as_history, factors, rates
+from upweight.training.history import History, as_history, factors, rates, unused_notes
 from upweight.training.optimizers import Adam
 
 NEVER_SEEN = 1e3
@@ -94,6 +94,8 @@ class TracIn(Method):
                 held = _columns(history, steps, reached, len(fitting.data))
                 columns.append(held.to(fitting.theta))
         notes = left_out_note(fitting, left_out)
+        if not self.batches:
+            notes += unused_notes(history, len(fitting.data))
         scorers[-1] = replace(scorers[-1], notes=scorers[-1].notes + notes)
         parts: list[Scorer] = [*scorers]
         if self.batches:

@@ -240,7 +240,9 @@ class Store:
         """
         path, seen = self.path(name), f"compared {name}"
         held, tensors = False, None
-        if path.is_file() and self.known.get(seen, (None,))[0] == (stamp := _stamp(path)):
+        if not path.is_file():
+            raise self._altered(path, "no file in its place")
+        if self.known.get(seen, (None,))[0] == (stamp := _stamp(path)):
             _, tensors = self.known[seen]
             held = tensors is not None
             if tensors is None:

@@ -202,6 +202,22 @@ def decay_notes(history: History, task: Task) -> tuple[str, ...]:
     )
 
 
+def unused_notes(history: History, n: int) -> tuple[str, ...]:
+    """What is to be known where a loop never used some examples, and scores weigh all by 1/n."""
+    if isinstance(history, Trajectory):
+        return ()
+    used = torch.zeros(n, dtype=torch.bool)
+    for step in history.steps():
+        used[step.indices] = True
+    if bool(used.all()):
+        return ()
+    return (
+        f"{n - int(used.sum())} of {n} examples are in no step of the recorded run, and are scored "
+        "as if they were in one batch of each epoch; TracIn(batches=True) counts each example with "
+        "its own steps",
+    )
+
+
 def _require_plain(history: Trajectory) -> None:
     spec, w = history.recipe, history.weights.double()
     # A subset's mean loss: weights that are all the same on it, and 1 on the average.

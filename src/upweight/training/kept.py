@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.errors import SpecError
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.resources import Resources
 from upweight.runtime.store import Store
@@ -24,6 +25,7 @@ from upweight.task.data import Data
 from upweight.task.identity import described, subject
 from upweight.task.recipe import Recipe, Trained, Trainer
 from upweight.task.task import Task
+from upweight.training.function import as_recipe
 
 
 def training_identity(recipe: Any, task: Task, train: Data) -> dict[str, str]:
@@ -131,11 +133,21 @@ def kept_trainer(recipe: Recipe, task: Task, train: Data, resources: Resources) 
     """`recipe.prepare(task, train)`; with a folder, models are kept in it and found again.
 
     Raises:
+        SpecError: It is no recipe, and no function from data weights to a trained model.
         StaleStore: The folder holds models of another recipe, task or training set.
         UpweightError: From the recipe.
 
     Memory: on disk p numbers for each model.
     """
+    recipe = as_recipe(recipe)
+    if not isinstance(recipe, Recipe):
+        raise SpecError(
+            "A recipe says how the model is trained.",
+            f"{recipe!r}." if recipe is None else f"a {type(recipe).__name__}.",
+            "a trained model, or an argument in the place of another.",
+            "an upweight.Training(...); uw.training.Newton() for a convex objective; or a function "
+            "from data weights to a trained model.",
+        )
     kept = Kept.of(resources, lambda: training_identity(recipe, task, train))
     return kept.trainer(recipe.prepare(task, train), task)
 

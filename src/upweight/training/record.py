@@ -65,7 +65,8 @@ def record(
     at each step.
 
     Args:
-        model: What is trained. Every parameter that requires a gradient must be the optimizer's.
+        model: What is trained. Every parameter that requires a gradient must be the optimizer's,
+            and which do stays the same.
         optimizer: `torch.optim.SGD`, `Adam` or `AdamW`, with one learning rate and the same
             settings for all of its parameters but for weight decay.
         folder: Where to; a new one, or with `resume` that of a run that was stopped.
@@ -319,6 +320,7 @@ class Run:
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._rate is not None:
             raise _unpaired("two steps of the optimizer without run.step(...) between them")
+        _require_same_layers(self.model, optimizer, self.params)
         rule = _rule(optimizer)
         decays = _decays(optimizer, self.params)
         if (_settings(rule), decays) != (self.manifest.settings, self.manifest.decays):
@@ -471,8 +473,10 @@ def read_record(task: Task, folder: Folder, end: int | None = None) -> Recorded:
         raise StaleStore(
             "A recorded run must hold the parameters of the task.",
             f"{path} without {listed(missing)}, or with another shape.",
-            "another model, or one that is wrapped: names then have a prefix.",
-            "give the task the model that was recorded, or record the one of the task.",
+            "another model; one that is wrapped: names then have a prefix; or layers that were "
+            "frozen when it was recorded.",
+            "give the task the model that was recorded, with what was frozen frozen, or record the "
+            "one of the task.",
         )
     kept = _kept(store)
     if end is not None and end not in kept[1:]:
@@ -580,7 +584,7 @@ def _decays(
 
 
 def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of the model that the optimizer trains, by name; all that are trained."""
+    """The parameters of the model that are trained, by name; all of them the optimizer's."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
     others = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
@@ -595,7 +599,24 @@ def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
             "freeze what is not trained with requires_grad_(False); put several models into one "
             "nn.ModuleDict.",
         )
-    return {name: p for name, p in named.items() if id(p) in held}
+    return {name: p for name, p in named.items() if id(p) in held and p.requires_grad}
+
+
+def _require_same_layers(
+    model: nn.Module, optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]
+) -> None:
+    """Refuse a step of other layers: of a frozen one the examples have gradients, and no steps."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    moved = {k for k, p in model.named_parameters() if id(p) in held and p.requires_grad}
+    changed = sorted(moved ^ set(params))
+    if changed:
+        raise SpecError(
+            "The layers that are trained stay the same in a run.",
+            f"{listed(changed)} frozen or unfrozen since record(...).",
+            "layers that are unfrozen in the course of training, or frozen after record(...).",
+            "record(...) after requires_grad_ is set; and the part of training with each choice of "
+            "layers by itself, into a folder of its own.",
+        )
 
 
 def _unpaired(given: str) -> DataError:
