@@ -1,12 +1,14 @@
 """FromFunction: a training loop of the user's own as a recipe.
 
     θ(w) = train(w)          any function from weights [n] to a trained model
+    θ(w) = train(w, seed=)   one that draws its noise from a seed, which is trained from others too
 
 Held to the one condition that retraining rests on: the same weights give the same model, bit for
 bit.
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,13 +34,17 @@ class FromFunction:
             layout. wᵢ = 0 means that example i is left out. Running statistics and frozen layers
             of a module's own are measured by `retrain`, `check` and `evaluation`; what looks at
             parameters alone refuses them.
-        twice: Train w = 1 twice before anything else, and refuse if the results differ.
+        twice: Train w = 1 twice before anything else, and refuse if the results differ. Of several
+            seeds that is done from the first.
+        seed: Passed on by name, `train(w, seed=seed)`. None: the function has none. Of a function
+            that is handed over in place of a recipe, its argument `seed`, or 0 without a default.
 
     Cost: one call per model, and two more for `twice`.
     """
 
-    train: Callable[[Float[Tensor, " n"]], nn.Module | Mapping[str, Tensor] | Tensor]
+    train: Callable[..., nn.Module | Mapping[str, Tensor] | Tensor]
     twice: bool = True
+    seed: int | None = None
 
     def prepare(self, task: Task, train: Data) -> "FunctionTrainer":
         """Train on the full data twice.
@@ -112,7 +118,8 @@ class FunctionTrainer:
         return self._made(weights)[0]
 
     def _made(self, weights: Float[Tensor, " n"]) -> tuple[Float[Tensor, " p"], dict[str, Tensor]]:
-        made, others = self.spec.train(weights), dict[str, Tensor]()
+        spec, others = self.spec, dict[str, Tensor]()
+        made = spec.train(weights) if spec.seed is None else spec.train(weights, seed=spec.seed)
         layout = self.task.layout
         if isinstance(made, nn.Module):
             made = _state(made)
@@ -162,4 +169,9 @@ def _not_the_model(layout: Layout, given: str) -> str:
 def as_recipe(value: Any) -> Any:
     """A recipe; of a function from data weights to a trained model that of it; others as given."""
     is_function = isinstance(value, types.FunctionType | types.MethodType | functools.partial)
-    return FromFunction(value) if is_function and not isinstance(value, Recipe) else value
+    if not is_function or isinstance(value, Recipe):
+        return value
+    seed = inspect.signature(value).parameters.get("seed")
+    if seed is None:
+        return FromFunction(value)
+    return FromFunction(value, seed=seed.default if isinstance(seed.default, int) else 0)

@@ -21,6 +21,7 @@ from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trainer
 from upweight.task.task import Task
+from upweight.training.function import FromFunction
 from upweight.training.kept import Kept, training_identity
 from upweight.training.trainer import TrainingTrainer
 from upweight.training.training import Training
@@ -262,4 +263,6 @@ def reseeded_from(recipe: Recipe, k: int) -> Recipe:
     if not has_seed(recipe):
         return recipe
     made: Callable[..., Recipe] = replace  # type: ignore[assignment]
-    return made(recipe, seed=recipe.seed + k)  # type: ignore[attr-defined]
+    # A function is held to determinism once: from its own seed, or the first one for fitting.
+    once = {"twice": False} if isinstance(recipe, FromFunction) and k not in (0, APART) else {}
+    return made(recipe, seed=recipe.seed + k, **once)  # type: ignore[attr-defined]
