@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upweight.errors import SpecError, UnsupportedModel, listed, message
+from upweight.errors import SpecError, message
 from upweight.task.data import Data
 from upweight.task.params import Layout
 from upweight.task.recipe import Recipe, Trained
@@ -32,8 +32,7 @@ class FromFunction:
     Args:
         train: From weights [n] to the trained module, its `state_dict()`, or θ [p] in the task's
             layout. wᵢ = 0 means that example i is left out. Running statistics and frozen layers
-            of a module's own are measured by `retrain`, `check` and `evaluation`; what looks at
-            parameters alone refuses them.
+            of a module's own go with its parameters wherever it is used.
         twice: Train w = 1 twice before anything else, and refuse if the results differ. Of several
             seeds that is done from the first.
         seed: Passed on by name, `train(w, seed=seed)`. None: the function has none. Of a function
@@ -80,26 +79,6 @@ class FunctionTrainer:
     at_once = 1
 
     def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
-        """θ(w) for each row.
-
-        Raises:
-            UnsupportedModel: A model has running statistics or frozen layers of its own.
-        """
-        found = self.whole(weights)
-        names = sorted({name for each in found.others for name in each})
-        if names:
-            raise UnsupportedModel(
-                "Here retrained models are the task's model with other parameters, and nothing "
-                "else of it differs.",
-                f"models of {self.spec.train!r} with another {listed(names)}.",
-                "batch normalization in training mode, layers that the task has not among its "
-                "params, or frozen layers that are drawn anew.",
-                "put these layers in eval mode inside of the function; use GroupNorm or LayerNorm; "
-                "or ask check(scores, recipe), which measures each model with its own.",
-            )
-        return found
-
-    def whole(self, weights: Float[Tensor, "s n"]) -> Trained:
         """θ(w) for each row, and what else of each model is its own."""
         made = [self._made(row) for row in weights]
         theta = torch.stack([each for each, _ in made])
