@@ -71,7 +71,7 @@ def test_a_function_with_a_seed_is_trained_from_others():
     found, expected = uw.training.subset_models(recipe, TASK, data, 5, seeds=2), models(5, seeds=2)
     assert torch.equal(found.weights, expected.weights) and found.seeds == 2
     torch.testing.assert_close(found.theta[1.0], expected.theta[1.0], rtol=1e-12, atol=1e-14)
-    assert calls == [1005, 1005, 1005, 1005, 1005, 1006, 1006]  # twice from the first seed alone
+    assert calls == [1005, 1005, 1005, 1005, 1006, 1006]  # the first of all models twice
     whole = uw.training.subset_models(as_recipe(fit), TASK, data, 2, 1.0)
     torch.testing.assert_close(whole.theta[1.0], models(2, 1.0).theta[1.0], rtol=1e-12, atol=1e-14)
     assert as_recipe(lambda w, seed: None).seed == 0 and as_recipe(lambda w: None).seed is None

@@ -33,12 +33,12 @@ class FromFunction:
         train: From weights [n] to the trained module, its `state_dict()`, or θ [p] in the task's
             layout. wᵢ = 0 means that example i is left out. Running statistics and frozen layers
             of a module's own go with its parameters wherever it is used.
-        twice: Train w = 1 twice before anything else, and refuse if the results differ. Of several
-            seeds that is done from the first.
+        twice: Train the first model twice, and refuse if the results differ. Of several seeds that
+            is done from the first.
         seed: Passed on by name, `train(w, seed=seed)`. None: the function has none. Of a function
             that is handed over in place of a recipe, its argument `seed`, or 0 without a default.
 
-    Cost: one call per model, and two more for `twice`.
+    Cost: one call per model, and one more for `twice`.
     """
 
     train: Callable[..., nn.Module | Mapping[str, Tensor] | Tensor]
@@ -46,41 +46,33 @@ class FromFunction:
     seed: int | None = None
 
     def prepare(self, task: Task, train: Data) -> "FunctionTrainer":
-        """Train on the full data twice.
-
-        Raises:
-            SpecError: The two models differ, or are not the task's.
-        """
-        trainer = FunctionTrainer(self, task)
-        if self.twice:
-            ones = torch.ones(len(train), dtype=torch.float64)
-            first, second = trainer.theta(ones), trainer.theta(ones)
-            if not torch.equal(first, second):
-                apart = float((first - second).abs().max())
-                raise SpecError(
-                    "A recipe gives the same model for the same weights, bit for bit.",
-                    f"two runs of {self.train!r} on the full data whose parameters differ by "
-                    f"up to {apart:.2e}.",
-                    "a random initialization, shuffling or dropout without a fixed seed, or "
-                    "kernels that add in no fixed order.",
-                    "seed everything inside the function (torch.manual_seed, the loader's "
-                    "generator), and call torch.use_deterministic_algorithms(True).",
-                )
-        return trainer
+        """Nothing is trained yet."""
+        return FunctionTrainer(self, task, not self.twice)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FunctionTrainer:
     """w ↦ θ(w) by the function. Made by `FromFunction.prepare`."""
 
     spec: FromFunction
     task: Task
+    is_held: bool
+    """Whether the function is taken to repeat itself: it was seen to, or nobody asks."""
 
     at_once = 1
 
     def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
-        """θ(w) for each row, and what else of each model is its own."""
-        made = [self._made(row) for row in weights]
+        """θ(w) for each row, and what else of each model is its own; of the first model twice.
+
+        Raises:
+            SpecError: The two differ, or a model is not the task's.
+        """
+        made = list[tuple[Tensor, dict[str, Tensor]]]()
+        for row in weights:
+            made.append(self._made(row))
+            theta = made[-1][0]
+            if not self.is_held and bool(theta.isfinite().all()):
+                self._require_repeats(row, theta)
         theta = torch.stack([each for each, _ in made])
         bad = (~theta.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         failures = dict.fromkeys(bad, "its parameters are NaN or infinite")
@@ -88,13 +80,19 @@ class FunctionTrainer:
         norms = theta.new_full((len(theta),), torch.nan)
         return Trained(theta, norms, failures, others if any(others) else ())
 
-    def theta(self, weights: Float[Tensor, " n"]) -> Float[Tensor, " p"]:
-        """Of one model, flat.
-
-        Raises:
-            SpecError: What came back are not the task's parameters.
-        """
-        return self._made(weights)[0]
+    def _require_repeats(self, weights: Float[Tensor, " n"], first: Float[Tensor, " p"]) -> None:
+        second = self._made(weights)[0]
+        if not torch.equal(first, second):
+            raise SpecError(
+                "A recipe gives the same model for the same weights, bit for bit.",
+                f"two runs of {self.spec.train!r} with the same weights whose parameters differ by "
+                f"up to {float((first - second).abs().max()):.2e}.",
+                "a random initialization, shuffling or dropout without a fixed seed, or "
+                "kernels that add in no fixed order.",
+                "seed everything inside the function (torch.manual_seed, the loader's "
+                "generator), and call torch.use_deterministic_algorithms(True).",
+            )
+        self.is_held = True
 
     def _made(self, weights: Float[Tensor, " n"]) -> tuple[Float[Tensor, " p"], dict[str, Tensor]]:
         spec, others = self.spec, dict[str, Tensor]()
