@@ -153,6 +153,16 @@ def test_members_that_need_steps_are_refused():
     assert bool(stack.fit(TASK, (X, Y), history=fit).attribute(QUERIES).values.isfinite().all())
 
 
+def test_members_that_are_asked_by_their_parameters_alone_are_refused():
+    _, models = members(8)
+    with pytest.raises(SpecError, match=r"1\.running_mean.*no part of θ"):
+        uw.TRAK(8).fit(TASK, (X, Y), history=models)
+    theta = models.theta[1.0]  # the same, of models without them
+    expected = uw.TRAK(8).fit(TASK, (X, Y), history=list(theta)).attribute(QUERIES).values
+    found = uw.TRAK(8).fit(TASK, (X, Y), history=replace(models, others=()))
+    assert_close(found.attribute(QUERIES).values, expected)
+
+
 def test_what_compares_parameters_refuses_them():
     own, other = (
         replace(RECIPE, seed=seed).prepare(TASK, uw.as_data((X, Y)))(torch.ones(1, N).double())
