@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from upweight.errors import (
     UnsupportedModel,
 )
 from upweight.front import choice
-from upweight.front.attribute import asked
-from upweight.front.facts import facts_of, resolved, training_seconds
+from upweight.front.attribute import TIMED, asked
+from upweight.front.facts import facts_of, resolved
 from upweight.front.fidelity import fidelity_of
 from upweight.front.opened import opened, queries_of
 from upweight.task.data import as_data
@@ -210,11 +211,13 @@ def test_a_recipe_that_cannot_train_the_model_is_no_reason_to_fail():
 
     recipe = uw.Training(normed, uw.SGD(0.1), epochs=2, batch=10)
     task = uw.Task(normed().eval(), uw.CrossEntropy())
-    assert training_seconds(recipe, task, as_data(TRAIN)) == float("inf")
+    assert facts_of(task, as_data(TRAIN), 5, recipe).half_seconds == float("inf")
     scores = uw.attribute(
         normed().eval(), TRAIN, QUERIES, uw.CrossEntropy(), recipe=recipe, budget="2 min"
     )
     assert "GGN" in scores.provenance.method
+    assert any(n.startswith("the recipe does not train this model. Training is a function")
+               for n in scores.provenance.notes)  # fmt: skip
 
 
 def test_a_budget_for_retraining_is_spent_on_halves(capsys, monkeypatch):
@@ -248,17 +251,66 @@ def test_a_budget_for_retraining_is_spent_on_halves(capsys, monkeypatch):
 
 
 def test_what_is_said_of_training_and_does_not_count_is_told():
-    def fit(weights):
-        return network()
-
     def notes(recipe, **more):
         ce = uw.CrossEntropy()
         scores = uw.attribute(network(), TRAIN, QUERIES, ce, recipe=recipe, **more)
-        return [n for n in scores.provenance.notes if "did not count" in n]
+        told = ("did not count", "does not train this model")
+        return [n for n in scores.provenance.notes if any(words in n for words in told)]
 
-    (told,) = notes(fit, budget="1 min")
-    assert "FromFunction" in told and "upweight.Training with init=" in told
+    (told,) = notes(uw.training.Newton(), budget="1 min")
+    assert "Newton" in told and "upweight.Training with init= or a function" in told
+    (told,) = notes(lambda weights: network())
+    assert "a longer budget= may help" in told
+    (told,) = notes(lambda weights: nn.Linear(4, 7), budget="1 min")
+    assert "does not train this model. A training function returns the task's model" in told
     assert notes(RECIPE) == [] == notes(None)
+
+
+def normed(weights, *, seed=0):
+    """A loop with batch normalization."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            losses = nn.functional.cross_entropy(model(TRAIN[0]), TRAIN[1], reduction="none")
+            (weights * losses).mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_halves_are_trained_by_a_function(monkeypatch, capsys):
+    """The ends of halves are seen by EK-FAC, which needs no steps of training."""
+    full = choice.stacked_ends(40)
+    assert [m.method.damping for m in full.methods] == [uw.Relative(0.1), uw.Relative(1.0)]
+    monkeypatch.setattr(choice, "stacked_ends", lambda halves: replace(full, subsets=8, seeds=8))
+    model, ce = normed(torch.ones(N).double()), uw.CrossEntropy()
+    scores = uw.attribute(model, TRAIN, QUERIES, ce, recipe=normed, budget="1 h")
+    first, line = capsys.readouterr().err.splitlines()
+    assert first == f"upweight: {TIMED}" and "chose Stacked((Ensemble(Influence(EKFAC()" in line
+    assert "trainings on halves of the data by a function" in scores.provenance.notes[0]
+    expected = choice.stacked_ends(40).fit(uw.Task(model, ce), TRAIN, history=normed)
+    assert_close(scores.values, expected.attribute(QUERIES).values)
+    plan = uw.plan(model, TRAIN, QUERIES, ce, recipe=normed, budget="1 h")
+    assert isinstance(plan.method, uw.Stacked) and 0 < plan.facts.half_seconds < plan.seconds < 3600
+    method = choice.stacked_ends(40)
+    given = uw.plan(model, TRAIN, QUERIES, ce, recipe=normed, method=method)
+    assert 0 < given.facts.half_seconds < given.seconds < 3600
+    # One training is timed where there is time for some, and none is where there is not.
+    calls = []
+    uw.plan(model, TRAIN, QUERIES, ce, recipe=lambda w: calls.append(w) or normed(w))
+    assert calls == []
+
+
+def test_a_function_that_does_not_repeat_itself_is_no_reason_to_fail():
+    model = normed(torch.ones(N).double())
+    scores = uw.attribute(
+        model, TRAIN, QUERIES, uw.CrossEntropy(), budget="1 h",
+        recipe=lambda w: normed(w, seed=int(torch.seed() % 2**31)),
+    )  # fmt: skip
+    assert "GGN" in scores.provenance.method
+    assert any("gives the same model for the same weights" in n for n in scores.provenance.notes)
 
 
 @pytest.mark.parametrize("kind, halves", [(DataError, [40]), (NotConverged, [40, 16, 10])])

@@ -26,6 +26,7 @@ SMALL = replace(LINEAR, parameters=1_000, linear=False)
 KNOWN = replace(
     SMALL, resolved=1e-3, queries=5_000, recipe=True, training_seconds=2.0, half_seconds=1.0
 )
+BY_FUNCTION = replace(SMALL, function=True, half_seconds=1.0)
 NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, epoch_seconds=20.0)
 
 
@@ -67,6 +68,11 @@ NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, e
         (replace(KNOWN, budget_seconds=120.0, by_query=False), "SOURCE"),
         (replace(KNOWN, budget_seconds=150.0, resolved=None), "stacked over 40 halves"),
         (replace(KNOWN, budget_seconds=120.0, linear=True), "exact Hessian"),
+        (replace(BY_FUNCTION, budget_seconds=120.0), "stacked over the ends of 40 halves"),
+        (replace(BY_FUNCTION, budget_seconds=50.0), "stacked over the ends of 16 halves"),
+        (replace(BY_FUNCTION, budget_seconds=20.0), "stacked over the ends of 10 halves"),
+        (BY_FUNCTION, "GGN"),
+        (replace(BY_FUNCTION, budget_seconds=120.0, half_seconds=float("inf")), "GGN"),
     ],
 )
 def test_the_table(facts, name):

@@ -8,6 +8,7 @@ from torch import nn
 
 import upweight as uw
 from upweight.errors import NotConverged, SpecError
+from upweight.training.function import as_recipe
 from upweight.training.subset_models import APART, fitting_weights
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -55,6 +56,25 @@ def test_each_is_what_the_recipe_makes_from_its_seed():
         torch.testing.assert_close(found.theta[1.0][s], run.theta, rtol=1e-10, atol=1e-12)
         half = run.state(len(run) // 2).theta
         torch.testing.assert_close(found.theta[0.5][s], half, rtol=1e-10, atol=1e-12)
+
+
+def test_a_function_with_a_seed_is_trained_from_others():
+    """What a recipe of steps does, in a function: to the last bits the same models."""
+    calls = []
+
+    def fit(weights, *, seed=5):
+        calls.append(seed)
+        return replace(RECIPE, seed=seed).prepare(TASK, data)(weights[None]).theta[0]
+
+    data, recipe = uw.as_data((X, Y)), as_recipe(fit)
+    assert recipe == uw.training.FromFunction(fit, seed=5)
+    found, expected = uw.training.subset_models(recipe, TASK, data, 5, seeds=2), models(5, seeds=2)
+    assert torch.equal(found.weights, expected.weights) and found.seeds == 2
+    torch.testing.assert_close(found.theta[1.0], expected.theta[1.0], rtol=1e-12, atol=1e-14)
+    assert calls == [1005, 1005, 1005, 1005, 1006, 1006]  # the first of all models twice
+    whole = uw.training.subset_models(as_recipe(fit), TASK, data, 2, 1.0)
+    torch.testing.assert_close(whole.theta[1.0], models(2, 1.0).theta[1.0], rtol=1e-12, atol=1e-14)
+    assert as_recipe(lambda w, seed: None).seed == 0 and as_recipe(lambda w: None).seed is None
 
 
 def test_models_of_all_of_the_data_differ_by_their_seed():

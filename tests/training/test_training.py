@@ -416,8 +416,8 @@ def test_a_loop_that_differs_from_run_to_run_is_refused():
         return model
 
     with pytest.raises(SpecError, match=r"differ by up to 1\.00e-09"):
-        FromFunction(noisy).prepare(task(), as_data(data()))
-    FromFunction(noisy, twice=False).prepare(task(), as_data(data()))
+        FromFunction(noisy).prepare(task(), as_data(data()))(weights())
+    FromFunction(noisy, twice=False).prepare(task(), as_data(data()))(weights())
 
 
 @pytest.mark.parametrize("made", [None, torch.ones(3), {"other": torch.ones(3)}, Net(width=7)])

@@ -444,7 +444,7 @@ class _World:
                 "few examples and no penalty: a minimum at infinity.",
                 "give the task a penalty, uw.L2(1e-2), or loosen the recipe.",
             )
-        return found.theta[0]
+        return found.alone()
 
     def _chosen(
         self,

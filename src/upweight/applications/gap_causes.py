@@ -558,7 +558,7 @@ def attempted(fit: Callable[[], Trained]) -> Float[Tensor, " p"] | str:
         return str(error).partition("\n")[0].rstrip(".")
     if trained.failures:
         return next(iter(trained.failures.values())).partition("\n")[0].rstrip(".")
-    theta = trained.theta[0]
+    theta = trained.alone()
     return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
 
 

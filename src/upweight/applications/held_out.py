@@ -259,7 +259,7 @@ class Refits:
         trained = self.trainer(weights[None])
         if trained.failures:
             return trained.failures[0]
-        theta = trained.theta[0]
+        theta = trained.alone()
         return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
 
     def at_weights(

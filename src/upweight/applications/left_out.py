@@ -191,7 +191,8 @@ class ByRecipe:
                 if row in trained.failures:
                     yield None, trained.failures[row]
                 else:
-                    yield outputs_of(self.task, trained.theta[row], self.train, group), ""
+                    task = trained.task_of(self.task, row)
+                    yield outputs_of(task, trained.theta[row], self.train, group), ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -579,7 +579,7 @@ def if_copied(
     task = context.task
     if recipe is not None:
         trained = recipe.prepare(task, both)(torch.ones(1, len(both), dtype=torch.float64))
-        task = task.moved_to(trained.theta[0])
+        task = trained.task_of(task, 0).moved_to(trained.theta[0])
     copier = f"copy of {who}"
     history = {"history": recipe} if spec.takes_history else {}
     again = spec.fit(task, both, **history).attribute(context.queries, context.measure)

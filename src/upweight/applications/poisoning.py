@@ -556,7 +556,7 @@ def cleanse(
         if made.failures:
             failed.append(f"{name}, {len(rows)} rows: {made.failures[0]}")
             return None
-        return made.theta[0].to(fitted.theta)
+        return made.alone().to(fitted.theta)
 
     start = fit("all rows", ())
     if start is None:

@@ -366,4 +366,4 @@ def refitted(
             "a class of which no row is left, or too few steps.",
             "drop fewer rows, or loosen the recipe.",
         )
-    return trained.theta[0]
+    return trained.alone()

@@ -239,7 +239,8 @@ def for_target(
                 if j in trained.failures:
                     notes.append(f"training on {name} failed from seed {k}: {trained.failures[j]}")
                 else:
-                    model = held(fitted.task, trained.theta[j], split.test, bootstrap)
+                    here = trained.task_of(fitted.task, j)
+                    model = held(here, trained.theta[j], split.test, bootstrap)
                     losses[name].append(model.losses.double())
     whole = {name: torch.stack(each) for name, each in losses.items() if len(each) == len(runs)}
     differences = {

@@ -302,7 +302,7 @@ def without(
             "the outcome without a refit is in error.solution, or pass confirm=False.",
             solution=outcome(None, None, None),
         )
-    full, refit = (each.theta[0].to(fitted.theta) for each in made)
+    full, refit = (each.alone().to(fitted.theta) for each in made)
     norm = float(made[1].gradient_norms[0])
     drift = float((full - fitted.theta).norm())
     return outcome(refit, drift, norm if norm == norm else None)

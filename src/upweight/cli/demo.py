@@ -286,7 +286,7 @@ class Subject:
         """The task with its model trained on all images."""
         task = uw.Task(self.init(), uw.CrossEntropy(), self.penalty)
         weights = task.theta().new_ones(1, len(train[0]))
-        return task.moved_to(self.recipe.prepare(task, task.training(train))(weights).theta[0])
+        return task.moved_to(self.recipe.prepare(task, task.training(train))(weights).alone())
 
 
 def network(name: str, init: Callable[[], nn.Module], lr: float) -> Subject:

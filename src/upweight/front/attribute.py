@@ -28,7 +28,7 @@ from upweight.task.data import Data
 from upweight.task.measures import Functional
 from upweight.task.task import Task
 from upweight.task.torch_losses import reduction_note
-from upweight.training.function import as_recipe
+from upweight.training.function import FromFunction, as_recipe
 from upweight.training.kept import training_identity
 
 KNOWN = {
@@ -49,6 +49,10 @@ KNOWN = {
     "tokenizer": "upweight.adapters.transformers.task(model, tokenizer) as the model,",
 }
 """What other names of arguments are called here."""
+
+
+TIMED = "trains on half of the data by the function, to know how long that takes"
+"""What is said before it, since that may be long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +149,8 @@ def asked(
     unused: tuple[str, ...] = ()
     with task.in_step():
         if method is None:
+            if isinstance(recipe, FromFunction) and seconds > PATIENCE:
+                print(f"upweight: {TIMED}", file=sys.stderr)
             count = 1 if chosen is None or isinstance(measure, Functional) else len(chosen)
             facts = facts_of(
                 task, data, count, recipe, trajectory, seconds, resources.memory_bytes,
@@ -168,14 +174,16 @@ def asked(
 
 def _unused(facts: Facts, choice: Choice, recipe: Any, trajectory: Any) -> tuple[str, ...]:
     """What was said of training, and why nothing came of it; nothing where something did."""
+    if facts.refused and not facts.linear:
+        return (f"the recipe does not train this model. {facts.refused}",)
     is_said = recipe is not None or trajectory is not None
     if facts.linear or facts.resolved is not None or choice.method.takes_history or not is_said:
         return ()
     why = "the method that was chosen looks at the trained model alone; a longer budget= may help"
-    if recipe is not None and not facts.recipe:
+    if recipe is not None and not (facts.recipe or facts.function):
         why = (
-            "models are trained again by an upweight.Training with init=, and this is a "
-            f"{type(recipe).__name__}; scores.check(recipe) takes it"
+            "models are trained again by an upweight.Training with init= or a function, and this "
+            f"is a {type(recipe).__name__}; scores.check(recipe) takes it"
         )
     return (f"what is said of training did not count: {why}",)
 
@@ -273,7 +281,8 @@ def attribute(
         measure: m, as for `Fitted.attribute`. None: the loss of each query.
         recipe: How the model was trained, a `Training`: more is known, so a better method may be
             chosen. Where it does not lead to this model, the next method is taken, and a note says
-            why.
+            why. Or a function from data weights to the trained model, for budgets above 10 s: it is
+            timed by training on half of the data.
         trajectory: Its steps, from `Training.trajectory` or a loop with `upweight.record`.
         budget: What the answer may take, roughly: "30 s", "2 min", or seconds. None: 10 s. With a
             longer one and a recipe, models of halves of the data are trained where it suffices.
@@ -343,7 +352,7 @@ def solvable(facts: Facts, task: Task, train: Data) -> Choice:
 
     Cost: a fit, where a Hessian is not damped.
     """
-    facts = replace(facts, recipe=False, trajectory=False)
+    facts = replace(facts, recipe=False, function=False, trajectory=False)
     while True:
         choice = choose(facts)
         if getattr(choice.method, "damping", None) != 0.0:

@@ -56,10 +56,23 @@ HALVES = (40, 16, 10)
 .83 to .97 of what can be had on four networks of the benchmark (docs/methods/ensemble.md)."""
 
 
+DAMPINGS = (0.1, 1.0)
+"""Relative, of EK-FAC at the ends of halves. On two networks with batch normalization a second one
+adds up to .05 to the LDS, a third or fourth at most .01 (docs/methods/ensemble.md)."""
+
+
 def stacked(halves: int) -> Stacked:
     """Each third of each half's training, seen from its end by SOURCE, by layer."""
     methods = tuple(
         Ensemble(SOURCE(SEGMENTS, states=1, segment=k), halves, 0.5) for k in range(SEGMENTS)
+    )
+    return Stacked(methods, halves, 0.5, seeds=halves)
+
+
+def stacked_ends(halves: int) -> Stacked:
+    """The end of each half's training, seen by EK-FAC, by layer."""
+    methods = tuple(
+        Ensemble(Influence(EKFAC(), damping=Relative(damping)), halves, 0.5) for damping in DAMPINGS
     )
     return Stacked(methods, halves, 0.5, seeds=halves)
 
@@ -81,13 +94,15 @@ class Facts:
         products_per_second: Multiply-adds of a matrix product in float64.
         memory_bytes: What a matrix may take.
         budget_seconds: What the answer may take.
-        recipe: Whether it is known how to train the model again.
+        recipe: Whether it is known how to train the model again, step by step.
+        function: Whether it is known by a function, which says what training ends in and no steps.
         trajectory: Whether the steps of its training are known.
         training_seconds: One training by the recipe.
-        half_seconds: The same on half of the data.
+        half_seconds: The same on half of the data; of a function this alone is timed.
         layers: Modules with parameters.
         labels: Of an example, each with a loss −log p of classes; None: another kind of loss.
         by_query: Whether a number of each query is asked, rather than one of the whole model.
+        refused: Why the recipe cannot train this model; empty where it can.
         resolved: λ = 1/(step size × steps) of its training, below which it resolved no eigenvalue;
             None: not known.
         failed: Names of rows that were tried and could not be used.
@@ -106,12 +121,14 @@ class Facts:
     memory_bytes: int = 2**32
     budget_seconds: float = PATIENCE
     recipe: bool = False
+    function: bool = False
     trajectory: bool = False
     training_seconds: float = 0.0
     half_seconds: float = 0.0
     layers: int = 1
     labels: float | None = None
     by_query: bool = True
+    refused: str = ""
     resolved: float | None = None
     failed: tuple[str, ...] = ()
 
@@ -203,10 +220,21 @@ def _stacked_seconds(f: Facts, halves: int) -> float:
     return halves * (f.half_seconds + SEGMENTS * _ekfac_seconds(f, 4))
 
 
+def _ends_seconds(f: Facts, halves: int) -> float:
+    """The trainings, of which the first is made twice, and a fit and passes at the end of each."""
+    return f.half_seconds + halves * (f.half_seconds + _ekfac_seconds(f))
+
+
 def _stacked_bytes(f: Facts, halves: int) -> float:
     """A q × n matrix by layer of each segment, of a member and of the sum; and what fits hold."""
     predictors = (SEGMENTS + 2) * f.layers * f.queries * f.examples
     return 8.0 * (predictors + halves * SEGMENTS * f.parameters)
+
+
+def _ends_bytes(f: Facts, halves: int) -> float:
+    """A q × n matrix by layer of each damping, of a member and of the sum; and what fits hold."""
+    predictors = (len(DAMPINGS) + 2) * f.layers * f.queries * f.examples
+    return 8.0 * (predictors + halves * 2 * f.parameters)
 
 
 def _matrix(f: Facts) -> float:
@@ -238,6 +266,18 @@ def _stacked_row(halves: int) -> Row:
         lambda f: _stacked_seconds(f, halves),
         lambda f: _stacked_bytes(f, halves),
         f"upweight stacked SOURCE, {halves} halves",
+    )
+
+
+def _ends_row(halves: int) -> Row:
+    return Row(
+        f"stacked over the ends of {halves} halves",
+        lambda f: stacked_ends(halves),
+        lambda f: f.function and f.likelihood and f.by_query and f.budget_seconds > PATIENCE,
+        f"the budget allows {halves} trainings on halves of the data by a function, which say how "
+        "scores combine and how large they are",
+        lambda f: _ends_seconds(f, halves),
+        lambda f: _ends_bytes(f, halves),
     )
 
 
@@ -277,6 +317,7 @@ ROWS: tuple[Row, ...] = (
         _linear_cg_seconds,
     ),
     *map(_stacked_row, HALVES),
+    *map(_ends_row, HALVES),
     Row(
         "SOURCE",
         lambda f: SOURCE(SEGMENTS),
@@ -389,7 +430,7 @@ def alike(choice: Choice) -> tuple[str, ...]:
     """The rows that would fail as one did: what halves do not tell, fewer do not either."""
     if not isinstance(choice.method, Stacked):
         return (choice.name,)
-    return tuple(_stacked_row(halves).name for halves in HALVES)
+    return tuple(made(halves).name for made in (_stacked_row, _ends_row) for halves in HALVES)
 
 
 def known_as(method: Method) -> str:

@@ -4,6 +4,8 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -20,7 +22,9 @@ from upweight.task.losses import AbsoluteError, Bernoulli, CrossEntropy, Loss, W
 from upweight.task.model_loss import targets_in
 from upweight.task.task import Task
 from upweight.task.torch_losses import Rescaled, draws_labels
+from upweight.training.function import FromFunction
 from upweight.training.history import History, resolved_by
+from upweight.training.subset_models import fitting_weights
 from upweight.training.training import Training
 
 TIMED = 32
@@ -52,7 +56,8 @@ def facts_of(
         UpweightError: The task cannot be answered on these data; see `upweight.task.check`.
 
     Cost: some forward and backward passes over up to 32 examples, eight steps of a recipe, and a
-    small matrix product.
+    small matrix product. Of a function one training on half of the data, or three of less than a
+    second together, where the budget allows to train anew.
     """
     require_answerable(task, train, "training data")
     theta = task.theta()
@@ -64,7 +69,16 @@ def facts_of(
     # A trajectory of ours knows the recipe that it is of; a recorded loop has none.
     known = recipe if recipe is not None else getattr(trajectory, "recipe", None)
     again = known if _trains_anew(known) else None
-    full = 0.0 if again is None else training_seconds(again, task, train)
+    full, half, refused = 0.0, 0.0, ""
+    try:
+        if again is not None:
+            full = training_seconds(again, task, train)
+            half = full / 2 if again.skip_absent else full
+        elif isinstance(known, FromFunction) and by_query and budget_seconds > PATIENCE:
+            half = half_seconds(known, task, train)
+    except UpweightError as error:
+        full = half = math.inf
+        refused = str(error).partition("\n")[0]
     return Facts(
         parameters=task.layout.size,
         outputs=outputs[0].numel(),
@@ -79,12 +93,14 @@ def facts_of(
         memory_bytes=int(SHARE * free),
         budget_seconds=budget_seconds,
         recipe=again is not None,
+        function=isinstance(known, FromFunction),
         trajectory=trajectory is not None,
         training_seconds=full,
-        half_seconds=full / 2 if again is not None and again.skip_absent else full,
+        half_seconds=half,
         layers=len({name.rpartition(".")[0] for name in task.layout.names}),
         labels=_labels(task.loss, outputs, targets),
         by_query=by_query,
+        refused=refused,
         resolved=resolved(known if trajectory is None else trajectory, task, len(train)),
     )
 
@@ -95,17 +111,29 @@ def _trains_anew(recipe: Any) -> TypeGuard[Training]:
 
 
 def training_seconds(recipe: Training, task: Task, train: Data) -> float:
-    """Of one training, from some steps of it; infinite where the recipe cannot train this model."""
-    try:
-        trainer = recipe.prepare(task, train)
-        weights = trainer.placed(torch.ones(len(train)))
-        total = trainer.length(weights)
-        ends = [time.perf_counter()]
-        for _ in trainer.states(weights, range(1, min(STEPS, total) + 1)):
-            ends.append(time.perf_counter())
-    except UpweightError:
-        return math.inf
+    """Of one training, from some steps of it.
+
+    Raises:
+        UpweightError: The recipe cannot train this model.
+    """
+    trainer = recipe.prepare(task, train)
+    weights = trainer.placed(torch.ones(len(train)))
+    total = trainer.length(weights)
+    ends = [time.perf_counter()]
+    for _ in trainer.states(weights, range(1, min(STEPS, total) + 1)):
+        ends.append(time.perf_counter())
     return total * statistics.median(b - a for a, b in itertools.pairwise(ends))
+
+
+def half_seconds(recipe: FromFunction, task: Task, train: Data) -> float:
+    """Of one training on half of the data by a function, which is made to know.
+
+    Raises:
+        UpweightError: It is not the task's model that comes back, or there are too few halves.
+    """
+    trainer = replace(recipe, twice=False).prepare(task, train)
+    half = fitting_weights(len(train), 1, 0.5)
+    return least_seconds(lambda: trainer(half))
 
 
 def resolved(training: Any, task: Task, n: int) -> float | None:
@@ -127,16 +155,23 @@ def epoch_seconds(task: Task, theta: Tensor, train: Data) -> float:
     """A plain forward and backward pass over the training data, from a few of them."""
     m = min(TIMED, len(train))
     batch = task.to_device(train.batch(0, m))
-    taken = []
-    for _ in range(3):  # the first is slower
-        started = time.perf_counter()
+
+    def passed() -> None:
         point = theta.detach().requires_grad_()
         losses = task.losses_of(*task.call(point, batch))
         float(torch.autograd.grad(losses.sum(), point)[0].norm())
+
+    return least_seconds(passed) * len(train) / m
+
+
+def least_seconds(call: Callable[[], Any]) -> float:
+    """Of one call, the least of three; of fewer, where these take more than a second."""
+    taken = list[float]()
+    while len(taken) < 3 and sum(taken) <= 1.0:  # the first is slower
+        started = time.perf_counter()
+        call()
         taken.append(time.perf_counter() - started)
-        if sum(taken) > 1.0:
-            break
-    return min(taken) * len(train) / m
+    return min(taken)
 
 
 def _products_per_second() -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from upweight.errors import SpecError
 from upweight.front.arguments import explained
 from upweight.front.attribute import KNOWN, Asked, asked
-from upweight.front.choice import Choice, Facts, given
+from upweight.front.choice import PATIENCE, Choice, Facts, given
 from upweight.front.facts import facts_of
 from upweight.front.fidelity import Fidelity, fidelity_of
 from upweight.methods.method import Method
@@ -116,7 +116,8 @@ def plan(
         The method and why, seconds, plain epochs, bytes, and the LDS of the method on each task of
         the standing benchmark, with its ceiling. Printed, it says all of it.
 
-    Cost: a few seconds; see `upweight.runs.forecast`.
+    Cost: a few seconds, see `upweight.runs.forecast`; and with a function as the recipe and a
+    budget above 10 s a training on half of the data.
 
     Example:
         >>> print(plan(model, (X, y), (X_test, y_test), nn.CrossEntropyLoss()))
@@ -143,6 +144,7 @@ def planned(question: Asked) -> AttributionPlan:
         assert question.queries is not None
         facts = facts_of(
             found.task, found.train, len(question.queries), question.recipe, question.trajectory,
+            budget_seconds=math.inf if method.takes_history else PATIENCE,
             memory_bytes=question.resources.memory_bytes,
         )  # fmt: skip
         choice = given(method, facts)

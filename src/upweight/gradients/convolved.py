@@ -132,7 +132,10 @@ class Convolved(Tokens):
         """Whether PyTorch's own gradient of a convolution is a quick way to every example's."""
         small = self.left.shape[2] * self.width <= SMALL * self.positions
         is_plane = self.inputs.ndim == 5 and self.inputs.shape[1] == 1
-        return small and is_plane and has_fast_convolutions(self.left.device, self.left.dtype)
+        some = len(self) > 0  # a convolution has a group or more
+        return (
+            some and small and is_plane and has_fast_convolutions(self.left.device, self.left.dtype)
+        )
 
     def _in_groups(self) -> Float[Tensor, "b o i"]:
         """Of all examples as the groups of one convolution of b times as many channels."""

@@ -25,6 +25,7 @@ from upweight.scores import Unit
 from upweight.task.check import require_answerable
 from upweight.task.measures import Functional
 from upweight.task.recipe import Recipe
+from upweight.task.task import Task
 from upweight.training.history import History
 from upweight.training.subset_models import SubsetModels, subset_models
 
@@ -116,16 +117,18 @@ class Ensemble(Method):
             fittings = [self.fitting_of(fitting, history, k) for k in range(count)]
             return self.at_members(fittings, count * history.fraction)
         if self.method.takes_run:
-            runs = _runs(history)
-            return self.at_members([moved(fitting, r.state(len(r)).theta, r) for r in runs])
-        return self.at_members([moved(fitting, row) for row in members_given(task, history)])
+            ends = [(task.moved_to(run.state(len(run)).theta), run) for run in _runs(history)]
+            return self.at_members([moved(fitting, end, run) for end, run in ends])
+        members = members_given(task, history)
+        return self.at_members([moved(fitting, task.moved_to(theta)) for theta in members])
 
     def fitting_of(
         self, fitting: Fitting, models: SubsetModels, k: int, *, shares: bool = False
     ) -> Fitting:
         """A fit at one of the models, with its run where the method looks at it."""
+        at = models.task_of(fitting.task, k)
         if not self.method.takes_run:
-            return moved(fitting, models.theta[self.at][k], shares=shares)
+            return moved(fitting, at.moved_to(models.theta[self.at][k]), shares=shares)
         if not models.runs:
             raise SpecError(
                 f"{self.method!r} looks at the run of each member.",
@@ -133,26 +136,24 @@ class Ensemble(Method):
                 "subset_models(...), which keeps ends of training unless told otherwise.",
                 "subset_models(..., runs=True), or pass history=recipe.",
             )
-        return moved(fitting, models.theta[1.0][k], models.runs[k], shares=shares)
+        run = models.runs[k]
+        return moved(fitting, at.moved_to(models.theta[1.0][k]), run, shares=shares)
 
     def at_members(self, fittings: Sequence[Fitting], trainings: float = 0.0) -> "MeanScorer":
         """The method, prepared at each of some models, and averaged."""
         return MeanScorer(tuple(self.method.prepare(f) for f in fittings), trainings)
 
 
-def moved(
-    fitting: Fitting, theta: Float[Tensor, " p"], run: Any = None, *, shares: bool = False
-) -> Fitting:
-    """A fit of the same task and data at another θ.
+def moved(fitting: Fitting, task: Task, run: Any = None, *, shares: bool = False) -> Fitting:
+    """A fit of the same data with another model.
 
     Args:
         fitting: At the model that is asked about.
-        theta: Of the other one.
+        task: The same task at the other one.
         run: Its training, for a method that looks at it.
         shares: Whether several methods are about to be fitted there, which then learn a curvature
             once.
     """
-    task = fitting.task.moved_to(theta)
     probe = require_answerable(task, fitting.data, "training data")
     learned: list[Any] | None = [] if shares else None
     # What is kept on disk is of one θ.

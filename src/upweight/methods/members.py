@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from upweight.errors import SpecError
 from upweight.task.task import Task
+from upweight.training.subset_models import SubsetModels
 from upweight.training.trajectory import Trajectory
 
 
@@ -21,6 +22,10 @@ def members_given(task: Task, history: Any) -> list[Float[Tensor, " p"]]:
     given: Any = history
     if isinstance(history, Trajectory):
         given = [history.state(t).theta for t in history.kept[1:]]
+    elif isinstance(history, SubsetModels):
+        if names := sorted({name for some in history.others for name in some}):
+            raise _another_model(task, f"members with another {names[0]!r}, which is no part of θ")
+        given = list(history.theta[1.0])
     elif isinstance(history, Tensor) and history.ndim == 2:
         given = list(history)
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
@@ -29,7 +34,7 @@ def members_given(task: Task, history: Any) -> list[Float[Tensor, " p"]]:
             f"history={'None' if history is None else type(history).__name__}.",
             "history left out, an empty list, or one model that is not in a list.",
             "pass a list of models, of state dicts or of vectors θ, or a Trajectory; models that a "
-            "recipe trains are uw.training.subset_models(recipe, task, train, 5, 1.0).theta[1.0].",
+            "recipe trains are uw.training.subset_models(recipe, task, train, 5, 1.0).",
         )
     return [_theta(task, each) for each in given]
 

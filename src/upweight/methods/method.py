@@ -17,6 +17,7 @@ from upweight.task.modes import require_modules
 from upweight.task.sharded import BY_LAYER, require_own_weights
 from upweight.task.snapshot import Snapshot, written
 from upweight.task.task import Task, require_task
+from upweight.training.function import as_recipe
 
 
 class Method(abc.ABC):
@@ -86,6 +87,7 @@ class Method(abc.ABC):
             for note in probe.notes:
                 warnings.warn(note, UserWarning, stacklevel=2)
             data = data.watched()
+            history = as_recipe(history)
             if history is not None and not self.takes_history:
                 raise SpecError(
                     "A history is for methods that look at how the model was trained.",

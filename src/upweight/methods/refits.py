@@ -6,7 +6,7 @@ SubsampledInfluence     S[q, i] = E[m_q | i in the subset] − E[m_q | i not in 
 Both need a recipe and nothing of the model: neither gradients nor parameters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ from upweight.notation import percent
 from upweight.runtime.memory import solved_bytes
 from upweight.runtime.progress import progress
 from upweight.scores import Unit
-from upweight.task.measures import Functional, as_measure, measured
-from upweight.task.recipe import Recipe
+from upweight.task.measures import Functional, as_measure
+from upweight.task.recipe import Recipe, Trained
 from upweight.task.task import Task
 from upweight.training.kept import Kept, training_identity
 from upweight.training.subset_models import fitting_weights, has_seed, reseeded_from
@@ -86,9 +86,7 @@ class LeaveOneOut(Method):
             _trained(reseeded_from(recipe, k), fitting, weights, f"refits, seed {k}", kept, k)
             for k in range(seeds)
         ]
-        return _RefitScorer(
-            self, fitting.task, torch.stack(runs), weights[1:], n * seeds, has_seed(recipe)
-        )
+        return _RefitScorer(self, fitting.task, runs, weights[1:], n * seeds, has_seed(recipe))
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,10 @@ class SubsampledInfluence(Method):
             )
         kept = _kept(recipe, fitting)
         if not has_seed(recipe):  # prepared once, and as many at a time as it trains
-            thetas = _trained(recipe, fitting, weights, "refits", kept)
-            return _RefitScorer(self, fitting.task, thetas[None], weights, self.subsets, False)
+            models = _trained(recipe, fitting, weights, "refits", kept)
+            return _RefitScorer(self, fitting.task, [models], weights, self.subsets, False)
         rows = [(reseeded_from(recipe, k), weights[k : k + 1]) for k in range(self.subsets)]
-        thetas = torch.cat(
+        models = Trained.joined(
             [
                 _trained(own, fitting, row, None, kept, k)
                 for k, _, (own, row) in progress(
@@ -159,16 +157,16 @@ class SubsampledInfluence(Method):
                 )
             ]
         )
-        return _RefitScorer(self, fitting.task, thetas[None], weights, self.subsets, True)
+        return _RefitScorer(self, fitting.task, [models], weights, self.subsets, True)
 
 
 @dataclass(frozen=True, eq=False)
 class _RefitScorer(Scorer):
-    """Models, [k, r, p]: for leave-one-out that of all of the data first, for each seed."""
+    """Models of each seed: for leave-one-out that of all of the data first."""
 
     spec: LeaveOneOut | SubsampledInfluence
     task: Task
-    thetas: Float[Tensor, "k r p"]
+    runs: Sequence[Trained]
     weights: Float[Tensor, "s n"]
     trainings: int
     is_seeded: bool
@@ -192,13 +190,8 @@ class _RefitScorer(Scorer):
         if isinstance(measure, Functional) or queries is None:
             raise not_offered("A Functional", "a measurement of each query")
         of = as_measure(measure)
-        values = torch.stack(
-            [
-                torch.stack([measured(self.task, theta, queries, of).cpu() for theta in run])
-                for run in self.thetas
-            ]
-        )  # [k r q]
-        dtype = self.thetas.dtype
+        values = torch.stack([run.measured(self.task, queries, of) for run in self.runs])  # [k r q]
+        dtype = self.runs[0].theta.dtype
         is_alone = isinstance(self.spec, LeaveOneOut)
         found, error = left_out(values) if is_alone else subsampled(values[0], self.weights > 0)
         yield _RefitJob(found.to(dtype), errors=None if error is None else error.to(dtype))
@@ -305,13 +298,13 @@ def _kept(recipe: Recipe, fitting: Fitting) -> Kept:
 def _trained(
     recipe: Recipe, fitting: Fitting, weights: Float[Tensor, "r n"], what: str | None, kept: Kept,
     seed: int = 0,
-) -> Float[Tensor, "r p"]:  # fmt: skip
-    """θ of each row of weights; a bar where `what` is said."""
+) -> Trained:  # fmt: skip
+    """The model of each row of weights; a bar where `what` is said."""
     trainer = recipe.prepare(fitting.task, fitting.data)
     trainer = kept.trainer(trainer, fitting.task, f"seed {seed}")
     size = max(1, trainer.at_once)
     chunks = ((k, min(k + size, len(weights)), None) for k in range(0, len(weights), size))
-    parts: list[Tensor] = []
+    parts: list[Trained] = []
     for start, stop, _ in chunks if what is None else progress(chunks, len(weights), what):
         found = trainer(weights[start:stop])
         if found.failures:
@@ -323,7 +316,7 @@ def _trained(
                 "a class with few examples, or a subset on which the objective has no minimum.",
                 "leave that class out of the data; or a larger fraction of them, "
                 "SubsampledInfluence(subsets=100, fraction=0.8).",
-                solution=torch.cat(parts) if parts else None,
+                solution=Trained.joined(parts) if parts else None,
             )
-        parts.append(found.theta.cpu())
-    return torch.cat(parts)
+        parts.append(found)
+    return Trained.joined(parts)

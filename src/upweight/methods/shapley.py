@@ -22,7 +22,7 @@ from upweight.methods.scorer import BlockScorer, Scorer
 from upweight.scores import Unit
 from upweight.task.data import Data
 from upweight.task.measures import as_measure, measured
-from upweight.task.recipe import Recipe
+from upweight.task.recipe import Recipe, Trained
 from upweight.training.kept import kept_trainer
 
 ALL = 40_320
@@ -89,13 +89,11 @@ class DataShapley(Method):
         coalitions, places = _prefixes(orders)
         way_out = "fewer permutations or examples; or KNNShapley(), which trains nothing."
         require_room(self, fitting, len(coalitions), way_out)
-        thetas = _trained(recipe, fitting, coalitions)
+        models = _trained(recipe, fitting, coalitions)
         weights = self.weights(n)
 
         def score(queries: Data, measure: Any, start: int, stop: int) -> Tensor:
-            asked = as_measure(measure)
-            each = [measured(fitting.task, theta, queries, asked) for theta in thetas]
-            values = torch.stack(each).cpu()
+            values = models.measured(fitting.task, queries, as_measure(measure))
             steps = values[places[:, 1:]] - values[places[:, :-1]]  # [r n q]
             steps = steps * weights[None, :, None].to(steps)
             found = torch.zeros(n, steps.shape[2], dtype=steps.dtype)
@@ -106,13 +104,15 @@ class DataShapley(Method):
         def total(queries: Data, measure: Any) -> Tensor:
             """m_q(D) − m_q(∅)."""
             asked = as_measure(measure)
-            ends = (thetas[places[0, -1]], thetas[places[0, 0]])
-            whole, none = (measured(fitting.task, end, queries, asked) for end in ends)
+            whole, none = (
+                measured(models.task_of(fitting.task, k), models.theta[k], queries, asked)
+                for k in places[0, [-1, 0]].tolist()
+            )
             return whole - none
 
-        models = f"{len(coalitions)} models of coalitions were trained, {len(orders)} orders"
+        said = f"{len(coalitions)} models of coalitions were trained, {len(orders)} orders"
         adds_up = self.alpha == self.beta == 1
-        return BlockScorer(score, at_once=n, notes=(models,), owed=total if adds_up else None)
+        return BlockScorer(score, at_once=n, notes=(said,), owed=total if adds_up else None)
 
     def orders(self, n: int) -> Int[Tensor, "r n"]:
         """The orders that are walked through."""
@@ -167,11 +167,11 @@ def _prefixes(orders: Int[Tensor, "r n"]) -> tuple[Float[Tensor, "c n"], Int[Ten
     return found.double(), places.reshape(r, n + 1)
 
 
-def _trained(recipe: Recipe, fitting: Fitting, weights: Float[Tensor, "c n"]) -> Tensor:
+def _trained(recipe: Recipe, fitting: Fitting, weights: Float[Tensor, "c n"]) -> Trained:
     trainer = kept_trainer(
         recipe, fitting.task, fitting.data, fitting.resources.within("coalitions")
     )
-    parts: list[Tensor] = []
+    parts: list[Trained] = []
     for start in range(0, len(weights), trainer.at_once):
         found = trainer(weights[start : start + trainer.at_once])
         if found.failures:
@@ -183,5 +183,5 @@ def _trained(recipe: Recipe, fitting: Fitting, weights: Float[Tensor, "c n"]) ->
                 "a coalition on which the objective has no minimum, as without a penalty.",
                 "add a penalty such as L2(1e-3), or use a recipe of a number of steps.",
             )
-        parts.append(found.theta)
-    return torch.cat(parts)
+        parts.append(found)
+    return Trained.joined(parts)

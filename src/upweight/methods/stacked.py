@@ -193,7 +193,10 @@ def outcomes(models: SubsetModels, task: Task, queries: Data, measure: Any) -> F
     Raises:
         NonFinite: One is NaN or infinite.
     """
-    rows = [measured(task, theta, queries, measure) for theta in models.theta[1.0]]
+    rows = [
+        measured(models.task_of(task, k), theta, queries, measure)
+        for k, theta in enumerate(models.theta[1.0])
+    ]
     found = torch.stack(rows).cpu()
     if not bool(found.isfinite().all()):
         model, query = (~found.isfinite()).nonzero()[0].tolist()

@@ -13,14 +13,17 @@ taken over what is left, scale the weights by n/Σw: J(θ, cw) is that objective
 (`removal_weights(n, groups, renormalize=True)`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.errors import UnsupportedModel, listed
 from upweight.task.data import Data
+from upweight.task.measures import measured
 from upweight.task.task import Task
 
 
@@ -41,6 +44,49 @@ class Trained:
     gradient_norms: Float[Tensor, " s"]
     failures: Mapping[int, str] = field(default_factory=dict)
     others: Sequence[Mapping[str, Tensor]] = ()
+
+    def task_of(self, task: Task, row: int) -> Task:
+        """The task with what of a model is no part of θ; itself where that is none.
+
+        A model is measured by this task at its θ.
+        """
+        return task.with_others(self.others[row]) if self.others else task
+
+    def alone(self, row: int = 0) -> Float[Tensor, " p"]:
+        """θ of a model, for what compares parameters and nothing else.
+
+        Raises:
+            UnsupportedModel: The model has running statistics or frozen layers of its own.
+        """
+        if self.others and self.others[row]:
+            raise UnsupportedModel(
+                "Here retrained models are the task's model with other parameters, and nothing "
+                "else of it differs.",
+                f"a model with another {listed(list(self.others[row]))}.",
+                "batch normalization in training mode, layers that the task has not among its "
+                "params, or frozen layers that are drawn anew.",
+                "put these layers in eval mode inside of the function; use GroupNorm or LayerNorm; "
+                "or ask check(scores, recipe), which measures each model with its own.",
+            )
+        return self.theta[row]
+
+    def measured(
+        self, task: Task, queries: Data, measure: Callable[..., Tensor]
+    ) -> Float[Tensor, "s q"]:
+        """m_q of every query under each model, on the CPU in float64."""
+        models = enumerate(self.theta)
+        rows = [measured(self.task_of(task, k), theta, queries, measure) for k, theta in models]
+        return torch.stack(rows).cpu()
+
+    @classmethod
+    def joined(cls, parts: Sequence["Trained"]) -> "Trained":
+        """The models of several calls, of which none failed, on the CPU."""
+        theta, norms = (
+            torch.cat([x.cpu() for x in each])
+            for each in zip(*((part.theta, part.gradient_norms) for part in parts), strict=True)
+        )
+        others = [some for part in parts for some in (part.others or [{}] * len(part.theta))]
+        return cls(theta, norms, {}, tuple(others) if any(others) else ())
 
 
 @runtime_checkable

@@ -275,6 +275,10 @@ class Task:
                 named[name].copy_(value)
         return Task(model, self.loss, self.penalty, self.params, self.forward, self.reads)
 
+    def with_others(self, others: Mapping[str, Tensor]) -> "Task":
+        """The same task with these running statistics and frozen layers; itself where none is."""
+        return self.moved_to(self.theta(), others) if others else self
+
     def called(self, forward: Forward) -> "Task":
         """The same task with another way to call its model."""
         return Task(self.model, self.loss, self.penalty, self.params, forward, self.reads)

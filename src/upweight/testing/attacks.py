@@ -183,7 +183,7 @@ def perturb_training(
                 "a recipe that diverges.",
                 "use the recipe that the model was trained by.",
             )
-        theta = made.theta[0].to(theta)
+        theta = made.alone().to(theta)
         if step + 1 < steps:
             now = spec.fit(task.moved_to(theta), train)  # type: ignore[attr-defined]
     return Perturbed(

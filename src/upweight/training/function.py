@@ -1,12 +1,14 @@
 """FromFunction: a training loop of the user's own as a recipe.
 
     θ(w) = train(w)          any function from weights [n] to a trained model
+    θ(w) = train(w, seed=)   one that draws its noise from a seed, which is trained from others too
 
 Held to the one condition that retraining rests on: the same weights give the same model, bit for
 bit.
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upweight.errors import SpecError, UnsupportedModel, listed, message
+from upweight.errors import SpecError, message
 from upweight.task.data import Data
 from upweight.task.params import Layout
 from upweight.task.recipe import Recipe, Trained
@@ -30,72 +32,47 @@ class FromFunction:
     Args:
         train: From weights [n] to the trained module, its `state_dict()`, or θ [p] in the task's
             layout. wᵢ = 0 means that example i is left out. Running statistics and frozen layers
-            of a module's own are measured by `retrain`, `check` and `evaluation`; what looks at
-            parameters alone refuses them.
-        twice: Train w = 1 twice before anything else, and refuse if the results differ.
+            of a module's own go with its parameters wherever it is used.
+        twice: Train the first model twice, and refuse if the results differ. Of several seeds that
+            is done from the first.
+        seed: Passed on by name, `train(w, seed=seed)`. None: the function has none. Of a function
+            that is handed over in place of a recipe, its argument `seed`, or 0 without a default.
 
-    Cost: one call per model, and two more for `twice`.
+    Cost: one call per model, and one more for `twice`.
     """
 
-    train: Callable[[Float[Tensor, " n"]], nn.Module | Mapping[str, Tensor] | Tensor]
+    train: Callable[..., nn.Module | Mapping[str, Tensor] | Tensor]
     twice: bool = True
+    seed: int | None = None
 
     def prepare(self, task: Task, train: Data) -> "FunctionTrainer":
-        """Train on the full data twice.
-
-        Raises:
-            SpecError: The two models differ, or are not the task's.
-        """
-        trainer = FunctionTrainer(self, task)
-        if self.twice:
-            ones = torch.ones(len(train), dtype=torch.float64)
-            first, second = trainer.theta(ones), trainer.theta(ones)
-            if not torch.equal(first, second):
-                apart = float((first - second).abs().max())
-                raise SpecError(
-                    "A recipe gives the same model for the same weights, bit for bit.",
-                    f"two runs of {self.train!r} on the full data whose parameters differ by "
-                    f"up to {apart:.2e}.",
-                    "a random initialization, shuffling or dropout without a fixed seed, or "
-                    "kernels that add in no fixed order.",
-                    "seed everything inside the function (torch.manual_seed, the loader's "
-                    "generator), and call torch.use_deterministic_algorithms(True).",
-                )
-        return trainer
+        """Nothing is trained yet."""
+        return FunctionTrainer(self, task, not self.twice)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FunctionTrainer:
     """w ↦ θ(w) by the function. Made by `FromFunction.prepare`."""
 
     spec: FromFunction
     task: Task
+    is_held: bool
+    """Whether the function is taken to repeat itself: it was seen to, or nobody asks."""
 
     at_once = 1
 
     def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
-        """θ(w) for each row.
+        """θ(w) for each row, and what else of each model is its own; of the first model twice.
 
         Raises:
-            UnsupportedModel: A model has running statistics or frozen layers of its own.
+            SpecError: The two differ, or a model is not the task's.
         """
-        found = self.whole(weights)
-        names = sorted({name for each in found.others for name in each})
-        if names:
-            raise UnsupportedModel(
-                "Here retrained models are the task's model with other parameters, and nothing "
-                "else of it differs.",
-                f"models of {self.spec.train!r} with another {listed(names)}.",
-                "batch normalization in training mode, layers that the task has not among its "
-                "params, or frozen layers that are drawn anew.",
-                "put these layers in eval mode inside of the function; use GroupNorm or LayerNorm; "
-                "or ask check(scores, recipe), which measures each model with its own.",
-            )
-        return found
-
-    def whole(self, weights: Float[Tensor, "s n"]) -> Trained:
-        """θ(w) for each row, and what else of each model is its own."""
-        made = [self._made(row) for row in weights]
+        made = list[tuple[Tensor, dict[str, Tensor]]]()
+        for row in weights:
+            made.append(self._made(row))
+            theta = made[-1][0]
+            if not self.is_held and bool(theta.isfinite().all()):
+                self._require_repeats(row, theta)
         theta = torch.stack([each for each, _ in made])
         bad = (~theta.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         failures = dict.fromkeys(bad, "its parameters are NaN or infinite")
@@ -103,16 +80,23 @@ class FunctionTrainer:
         norms = theta.new_full((len(theta),), torch.nan)
         return Trained(theta, norms, failures, others if any(others) else ())
 
-    def theta(self, weights: Float[Tensor, " n"]) -> Float[Tensor, " p"]:
-        """Of one model, flat.
-
-        Raises:
-            SpecError: What came back are not the task's parameters.
-        """
-        return self._made(weights)[0]
+    def _require_repeats(self, weights: Float[Tensor, " n"], first: Float[Tensor, " p"]) -> None:
+        second = self._made(weights)[0]
+        if not torch.equal(first, second):
+            raise SpecError(
+                "A recipe gives the same model for the same weights, bit for bit.",
+                f"two runs of {self.spec.train!r} with the same weights whose parameters differ by "
+                f"up to {float((first - second).abs().max()):.2e}.",
+                "a random initialization, shuffling or dropout without a fixed seed, or "
+                "kernels that add in no fixed order.",
+                "seed everything inside the function (torch.manual_seed, the loader's "
+                "generator), and call torch.use_deterministic_algorithms(True).",
+            )
+        self.is_held = True
 
     def _made(self, weights: Float[Tensor, " n"]) -> tuple[Float[Tensor, " p"], dict[str, Tensor]]:
-        made, others = self.spec.train(weights), dict[str, Tensor]()
+        spec, others = self.spec, dict[str, Tensor]()
+        made = spec.train(weights) if spec.seed is None else spec.train(weights, seed=spec.seed)
         layout = self.task.layout
         if isinstance(made, nn.Module):
             made = _state(made)
@@ -162,4 +146,9 @@ def _not_the_model(layout: Layout, given: str) -> str:
 def as_recipe(value: Any) -> Any:
     """A recipe; of a function from data weights to a trained model that of it; others as given."""
     is_function = isinstance(value, types.FunctionType | types.MethodType | functools.partial)
-    return FromFunction(value) if is_function and not isinstance(value, Recipe) else value
+    if not is_function or isinstance(value, Recipe):
+        return value
+    seed = inspect.signature(value).parameters.get("seed")
+    if seed is None:
+        return FromFunction(value)
+    return FromFunction(value, seed=seed.default if isinstance(seed.default, int) else 0)

@@ -1,6 +1,6 @@
 """Which models were trained already? θ(w) in a folder, so that what was killed goes on.
 
-    weights [s n] of one call  →  a shard named by their hash: θ [s p], ‖∇J‖, failures
+    weights [s n] of one call  →  a shard named by their hash: θ [s p], ‖∇J‖, failures, others
 
 A call is kept whole, as it was made: what goes on makes the same calls, and has the same models, to
 the last digit. A folder belongs to one recipe, task and training set, and another is refused.
@@ -8,7 +8,7 @@ the last digit. A folder belongs to one recipe, task and training set, and anoth
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,12 +121,14 @@ class KeptTrainer:
                 "theta": found.theta.detach().cpu(),
                 "gradient_norms": norms,
                 "failures": as_bytes(told),
+                **packed_others(found.others),
             }
 
         found = self.kept.once(self.key, weights, make)
         failures = {int(row): why for row, why in json.loads(as_text(found["failures"])).items()}
         theta = found["theta"].to(self.task.layout.device)
-        return Trained(theta, found["gradient_norms"], failures)
+        others = unpacked_others(found, len(theta))
+        return Trained(theta, found["gradient_norms"], failures, others)
 
 
 def kept_trainer(recipe: Recipe, task: Task, train: Data, resources: Resources) -> Trainer:
@@ -150,6 +152,22 @@ def kept_trainer(recipe: Recipe, task: Task, train: Data, resources: Resources) 
         )
     kept = Kept.of(resources, lambda: training_identity(recipe, task, train))
     return kept.trainer(recipe.prepare(task, train), task)
+
+
+def packed_others(others: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What of some models is no part of θ, as tensors of one folder."""
+    each = enumerate(others)
+    return {f"{row} {name}": x.cpu() for row, some in each for name, x in some.items()}
+
+
+def unpacked_others(found: Mapping[str, Tensor], models: int) -> tuple[dict[str, Tensor], ...]:
+    """The same again; empty where no model has any."""
+    others = tuple(dict[str, Tensor]() for _ in range(models))
+    for key, x in found.items():
+        row, of_a_model, name = key.partition(" ")
+        if of_a_model:
+            others[int(row)][name] = x
+    return others if any(others) else ()
 
 
 def as_bytes(text: str) -> Tensor:

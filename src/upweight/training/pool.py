@@ -22,7 +22,6 @@ from upweight.task.data import Data
 from upweight.task.measures import measured
 from upweight.task.recipe import Recipe, Trained, Trainer
 from upweight.task.task import Task
-from upweight.training.function import FunctionTrainer
 
 BLOCKS_PER_JOB = 8
 """Blocks of models per process: enough that one slow block does not keep the others waiting."""
@@ -38,11 +37,8 @@ class Bench:
     queries: Data
     measure: Callable[..., Tensor]
 
-    def measured(
-        self, theta: Float[Tensor, " p"], others: Mapping[str, Tensor] | None = None
-    ) -> Float[Tensor, " q"]:
-        """m_q(θ) of every query, on the CPU in float64, with a model's own running statistics."""
-        task = self.task.moved_to(theta, others) if others else self.task
+    def measured(self, task: Task, theta: Float[Tensor, " p"]) -> Float[Tensor, " q"]:
+        """m_q(θ) of every query, on the CPU in float64."""
         return measured(task, theta, self.queries, self.measure).cpu()
 
 
@@ -121,8 +117,7 @@ def _train_chunk(
 ) -> Finished:
     names, weights = list(chunk), torch.stack(list(chunk.values()))
     try:
-        # A function's models have running statistics of their own, which are measured here.
-        trained = (trainer.whole if isinstance(trainer, FunctionTrainer) else trainer)(weights)
+        trained = trainer(weights)
     except Exception as error:
         error.add_note(f"while retraining {'; '.join(in_words(row) for row in weights[:5])}")
         raise
@@ -133,7 +128,7 @@ def _train_chunk(
     for row, name in enumerate(names):
         if name in failures:
             continue
-        values = bench.measured(trained.theta[row], trained.others[row] if trained.others else None)
+        values = bench.measured(trained.task_of(bench.task, row), trained.theta[row])
         if bool(values.isfinite().all()):
             rows[name] = {"values": values, "gradient_norm": norms[row]}
         else:

@@ -201,7 +201,7 @@ def _collected(
     seconds: float,
 ) -> Retrained:
     """The rows in the order asked for; NaN where there is none."""
-    given = bench.measured(bench.task.theta())
+    given = bench.measured(bench.task, bench.task.theta())
     none = {
         "values": torch.full_like(given, torch.nan),
         "gradient_norm": given.new_tensor(torch.nan),

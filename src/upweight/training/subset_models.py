@@ -8,7 +8,7 @@ fitted to them may be judged by `check`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 
@@ -21,7 +21,8 @@ from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trainer
 from upweight.task.task import Task
-from upweight.training.kept import Kept, training_identity
+from upweight.training.function import FromFunction
+from upweight.training.kept import Kept, packed_others, training_identity, unpacked_others
 from upweight.training.trainer import TrainingTrainer
 from upweight.training.training import Training
 from upweight.training.trajectory import Trajectory, packed, recorded, unpacked
@@ -47,6 +48,8 @@ class SubsetModels:
         group: Which seed of the recipe each was trained from, as 0, 1, …
         fraction: Of the data, what each was trained on.
         runs: The training of each, where it was kept.
+        others: What of each is no part of θ and another than the task's, as in `Trained`. Empty
+            where no model has any.
     """
 
     weights: Float[Tensor, "s n"]
@@ -54,9 +57,14 @@ class SubsetModels:
     group: Int[Tensor, " s"]
     fraction: float
     runs: tuple[Trajectory, ...] = ()
+    others: tuple[Mapping[str, Tensor], ...] = ()
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def task_of(self, task: Task, k: int) -> Task:
+        """The task with what of a model is no part of θ; itself where that is none."""
+        return task.with_others(self.others[k]) if self.others else task
 
     @property
     def seeds(self) -> int:
@@ -128,6 +136,7 @@ def subset_models(
     group = torch.arange(subsets) % seeds
     theta = {share: task.theta().new_empty(subsets, task.layout.size) for share in at}
     kept: dict[int, Trajectory] = {}
+    others: list[Mapping[str, Tensor]] = [{} for _ in range(subsets)]
     using = Resources() if resources is None else resources
     models = Kept.of(using, lambda: training_identity(recipe, task, train))
     for k in range(seeds):
@@ -144,12 +153,13 @@ def subset_models(
         for chunk in torch.tensor_split(rows, -(-len(rows) // max(1, trainer.at_once))):
 
             def make(chunk: Tensor = chunk, trainer: Trainer = trainer) -> dict[str, Tensor]:
-                found = _trained(trainer, recipe, weights[chunk], at)
-                return {str(share): states.cpu() for share, states in found}
+                return _trained(trainer, recipe, weights[chunk], at)
 
             made = models.once(f"seed {APART + k} at {list(at)}", weights[chunk], make)
             for share in at:
                 theta[share][chunk] = made[str(share)].to(theta[share])
+            for row, some in zip(chunk.tolist(), unpacked_others(made, len(chunk)), strict=False):
+                others[row] = some
     bad = (~torch.stack([x.isfinite().all(dim=1) for x in theta.values()]).all(dim=0)).nonzero()
     if len(bad):
         raise NotConverged(
@@ -159,7 +169,9 @@ def subset_models(
             "lower the learning rate, or keep a larger fraction of the data.",
             solution=SubsetModels(weights, theta, group, fraction),
         )
-    return SubsetModels(weights, theta, group, fraction, tuple(kept[k] for k in sorted(kept)))
+    ran = tuple(kept[k] for k in sorted(kept))
+    own_others = tuple(others) if any(others) else ()
+    return SubsetModels(weights, theta, group, fraction, ran, own_others)
 
 
 def _run(
@@ -215,8 +227,8 @@ def _members(weights: Float[Tensor, "s n"]) -> list[list[int]]:
 
 def _trained(
     trainer: Trainer, recipe: Recipe, weights: Float[Tensor, "s n"], at: Sequence[float]
-) -> Iterator[tuple[float, Float[Tensor, "s p"]]]:
-    """Parameters of some models at each share of their training."""
+) -> dict[str, Tensor]:
+    """Parameters of some models at each share of their training, and their others."""
     if list(at) == [1.0]:
         found = trainer(weights)
         if found.failures:
@@ -228,8 +240,7 @@ def _trained(
                 "loosen the recipe, or keep a larger fraction of the data.",
                 solution=found,
             )
-        yield 1.0, found.theta
-        return
+        return {str(at[0]): found.theta.cpu(), **packed_others(found.others)}
     if not isinstance(trainer, TrainingTrainer):
         raise SpecError(
             "Models on their way are handed out by a `Training`.",
@@ -242,9 +253,8 @@ def _trained(
     total = trainer.length(placed)
     steps = {share: max(1, round(share * total)) for share in at}
     states = {s.step: s.theta for s in trainer.states(placed, set(steps.values()))}
-    for share, step in steps.items():
-        theta = states[step]
-        yield share, theta if theta.ndim == 2 else theta[None]
+    return {str(share): states[step].reshape(len(weights), -1).cpu()
+            for share, step in steps.items()}  # fmt: skip
 
 
 def has_seed(recipe: Recipe) -> bool:
@@ -262,4 +272,6 @@ def reseeded_from(recipe: Recipe, k: int) -> Recipe:
     if not has_seed(recipe):
         return recipe
     made: Callable[..., Recipe] = replace  # type: ignore[assignment]
-    return made(recipe, seed=recipe.seed + k)  # type: ignore[attr-defined]
+    # A function is held to determinism once: from its own seed, or the first one for fitting.
+    once = {"twice": False} if isinstance(recipe, FromFunction) and k not in (0, APART) else {}
+    return made(recipe, seed=recipe.seed + k, **once)  # type: ignore[attr-defined]
