@@ -163,6 +163,7 @@ def test_the_loss_is_the_models_own(name):
         ("Llama", torch.float32, uw.labels.Sampled(), 1e-5),
         ("Llama", torch.float32, uw.labels.Observed(), 1e-5),
         ("classes", torch.float64, uw.labels.Observed(), 1e-12),
+        ("BERT", torch.float64, uw.labels.Observed(), 1e-12),
     ],
 )
 def test_neither_padding_nor_batches_change_a_row(name, dtype, labels, rtol, monkeypatch):
