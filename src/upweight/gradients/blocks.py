@@ -106,7 +106,8 @@ class Plan:
             whether it has an axis of size 1 for that.
         one_by_one: Whether examples are taken one at a time, because neither the layers nor
             `torch.func` can tell those of a batch apart.
-        outside: Whether a Linear's weight is multiplied with outside of it.
+        products: Parameters that the examples are multiplied with outside of any layer's rule, and
+            whether as [i, o]: their calls go by their own name.
         computes_in: The dtypes in which the layers pass gradients on, autocast's among them.
     """
 
@@ -119,7 +120,7 @@ class Plan:
     repeated: Mapping[str, bool] = field(default_factory=dict)
     one_by_one: bool = False
     broadcast: tuple[str, ...] = ()
-    outside: bool = False
+    products: Mapping[str, bool] = field(default_factory=dict)
     computes_in: frozenset[torch.dtype] = frozenset()
 
     @property

@@ -7,6 +7,7 @@
     *Norm           g_γ = Σ_t δ_t ∘ x̂_t                      g_β = Σ_t δ_t
     attention       its projections, each as a Linear
     experts         each as a Linear of the tokens that are routed to it
+    x W             of a parameter outside of any layer, or a stack of them: each as a Linear
     any other       of one input and without parts: vmap(grad) of ⟨δ, layer(a)⟩, the layer alone
 
 A rule says which parameters of its module it accounts for. Parameters of modules that have layers
@@ -44,6 +45,9 @@ from upweight.gradients.factored import (
 from upweight.gradients.hooks import Call
 from upweight.task.lent import with_backward_pass
 from upweight.task.sharded import kind_of
+
+PRODUCT = "product"
+"""What a parameter is in a product of its own; `product[k]` for part k of a stack."""
 
 Contributions = Mapping[str, Factors]
 """Gradients by the parameter's name within its module; `weight[k]` for group k of a convolution."""
@@ -434,6 +438,26 @@ def _placed(x: Tensor, places: _Places) -> Tensor:
     return out.reshape(size, most, -1)
 
 
+# -- products with a parameter itself -------------------------------------------------------------
+
+
+def _product(_: nn.Module | None, call: Call, examples: Examples) -> Contributions:
+    return {PRODUCT: Tokens(examples.tokens(call.delta), examples.tokens(_input(call)))}
+
+
+def _stacked_product(_: nn.Module | None, call: Call, examples: Examples) -> Contributions:
+    """`[N, k, i]` and `[N, k, o]`: a product for each of k."""
+
+    def by_part(x: Tensor) -> Tensor:
+        parts = examples.first(x).reshape(examples.size, -1, *x.shape[-2:])
+        return parts.movedim(2, 0).to(examples.dtype).contiguous()
+
+    right = call.once("parts", lambda: by_part(_input(call)))
+    # What is not routed to an expert comes to it as zeros: it is none of its positions.
+    left = by_part(call.delta) * (right != 0).any(dim=-1, keepdim=True)
+    return {f"{PRODUCT}[{k}]": Tokens(left[k], right[k]) for k in range(len(right))}
+
+
 # -- any other layer ---------------------------------------------------------------------------
 
 
@@ -508,6 +532,8 @@ _CONV_TRANSPOSE = Rule(_own("weight", "bias"), _conv_transpose)
 _LAYER_NORM = Rule(_own("weight", "bias"), _layer_norm, has_factors=False)
 _RUNNING_NORM = Rule(_fixed_statistics, _channel_norm, has_factors=False)
 _CHANNEL_NORM = Rule(_own("weight", "bias"), _channel_norm, has_factors=False)
+_PRODUCT = Rule(lambda _: (), _product)
+_STACKED_PRODUCT = Rule(lambda _: (), _stacked_product, is_stacked=True)
 _ANY_OTHER = Rule(_direct_parameters, _itself, has_factors=False, has_one_input=True, reads=True)
 
 RULES: Mapping[type[nn.Module], Rule] = {
@@ -539,6 +565,16 @@ _BY_NAME = {
 
 
 _EXPERTS = Rule(_expert_parameters, _experts, is_stacked=True, reads=True)
+
+
+def rule_at(model: nn.Module, layer: str, products: Mapping[str, bool]) -> Rule | None:
+    """The rule of what is watched under a name: a layer, or a parameter in products of its own."""
+    if layer not in products:
+        return rule_for(model.get_submodule(layer))
+    stacked = dict(model.named_parameters())[layer].ndim == 3
+    return dataclasses.replace(
+        _STACKED_PRODUCT if stacked else _PRODUCT, is_transposed=products[layer]
+    )
 
 
 def rule_for(module: nn.Module) -> Rule | None:

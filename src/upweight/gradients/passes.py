@@ -32,9 +32,8 @@ from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source
 from upweight.gradients.factored import Factors, Joined, Rows, Tokens, stacked
 from upweight.gradients.functional import over_examples
 from upweight.gradients.hooks import Call, Capture, inside
-from upweight.gradients.layers import Examples, rule_for
+from upweight.gradients.layers import Examples, rule_at, rule_for
 from upweight.task.batches import cut
-from upweight.task.task import Task
 
 Function = Callable[[Params, Any], Tensor]
 """(θ by name, batch) to one value per example: losses, or a measure."""
@@ -67,7 +66,7 @@ class GradientPass:
             plan.repeated,
             plan.broadcast,
             plan.by_function,
-            plan.outside,
+            tuple(plan.products),
         )
         self._placed = set[Any]() if placed is None else placed
         self._has_warned = False
@@ -158,7 +157,7 @@ class GradientPass:
             by_role = inside(  # some rules read the parameters of their layer
                 plan.task,
                 self._capture.params,
-                lambda: _contributions(plan.task, calls, plan.layers, size, plan.dtype),
+                lambda: _contributions(plan, calls, size),
             )
         try:
             rows |= self._by_function(function, batch, size)
@@ -277,6 +276,8 @@ def roles(plan: Plan) -> dict[str, tuple[str, ...]]:
     names = {id(p): name for name, p in model.named_parameters() if name in covered}
     found = {}
     for layer in plan.layers:
+        if layer in plan.products:
+            continue
         module = model.get_submodule(layer)
         rule = rule_for(module)
         assert rule is not None  # only layers with a rule are watched
@@ -363,22 +364,17 @@ def _has_axis(call: Call, axis: int, size: int) -> bool:
     return extent % size == 0 if axis == 0 else extent == size
 
 
-def _contributions(
-    task: Task,
-    calls: Sequence[Call],
-    axes: Mapping[str, int],
-    size: int,
-    dtype: torch.dtype,
-) -> dict[Source, list[Factors]]:
+def _contributions(plan: Plan, calls: Sequence[Call], size: int) -> dict[Source, list[Factors]]:
     """What each use of each layer adds to each parameter's gradient."""
+    task = plan.task
     found: dict[Source, list[Factors]] = {}
     for call in calls:
-        module = task.model.get_submodule(call.layer)
-        rule = rule_for(module)
+        rule = rule_at(task.model, call.layer, plan.products)
         assert rule is not None  # only layers with a rule are watched
-        examples = Examples(size, axes[call.layer], dtype)
+        module = None if call.layer in plan.products else task.model.get_submodule(call.layer)
+        examples = Examples(size, plan.layers[call.layer], plan.dtype)
         is_split = rule.reads and task.sharded is not None
-        with task.sharded.filled(module) if is_split else nullcontext():  # type: ignore[union-attr]
+        with task.sharded.filled(module) if is_split else nullcontext():  # type: ignore[union-attr,arg-type]
             contributions = rule.gradients(module, call, examples)
         for role, factors in contributions.items():
             found.setdefault(Source(call.layer, role), []).append(factors)
