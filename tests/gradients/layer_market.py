@@ -855,7 +855,7 @@ def gained_positions_first(g):
     return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
 
 
-@case_named("flattened_positions_first", by_function=["body.*"])
+@case_named("flattened_positions_first")
 def flattened_positions_first(g):
     task = uw.Task(initialized(Flattened(True), g), uw.CrossEntropy())
     return task, (draw(g, 5, 4, 3), labels(g, 5, 2))

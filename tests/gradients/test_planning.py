@@ -95,7 +95,6 @@ def test_attention_is_two_matrices():
 NOTES = {
     "weight_norm": r"weight.original0, .*weight.original1: .* because ParametrizationList",
     "used_bare": r"body.weight: .* because it is also used outside of its layers",
-    "flattened_positions_first": r"weight, body.bias: .* does not keep the examples in their order",
     "lstm": r"one at a time, about \d+ times slower, because of layer.weight_ih_l0, .*params=",
 }
 

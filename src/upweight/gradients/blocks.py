@@ -108,6 +108,8 @@ class Plan:
             `torch.func` can tell those of a batch apart.
         products: Parameters that the examples are multiplied with outside of any layer's rule, and
             whether as [i, o]: their calls go by their own name.
+        scattered: Layers that see rows of the examples in another order or number, as experts do:
+            whose each is, is told by further backward passes.
         computes_in: The dtypes in which the layers pass gradients on, autocast's among them.
     """
 
@@ -121,6 +123,7 @@ class Plan:
     one_by_one: bool = False
     broadcast: tuple[str, ...] = ()
     products: Mapping[str, bool] = field(default_factory=dict)
+    scattered: frozenset[str] = frozenset()
     computes_in: frozenset[torch.dtype] = frozenset()
 
     @property

@@ -380,6 +380,7 @@ def _experts(module: Any, call: Call, examples: Examples) -> Contributions:
     x, weights, delta = (each.to(examples.dtype) for each in (x, weights, call.delta))
     delta = delta.reshape(len(x), -1)
     first = "gate_up_proj" if module.has_gate else "up_proj"
+    per_example = len(x) // examples.size
     found: dict[str, Factors] = {}
     biases: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for k in range(module.num_experts):
@@ -394,16 +395,16 @@ def _experts(module: Any, call: Call, examples: Examples) -> Contributions:
             inner = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
         outer = delta[rows] * (weights * is_chosen)[rows].sum(dim=1, keepdim=True)
         (back,) = torch.autograd.grad(inner, hidden, outer @ down)
-        places = _places(rows, len(x) // examples.size, examples.size)
+        places = places_of(rows // per_example, examples.size)
         for name, left, right in ((first, back, x[rows]), ("down_proj", outer, inner.detach())):
-            found[f"{name}[{k}]"] = Tokens(*(_placed(y, places) for y in (left, right)))
+            found[f"{name}[{k}]"] = Tokens(*(_tokens_at(y, places) for y in (left, right)))
             biases.setdefault(f"{name}_bias", []).append((rows, torch.full_like(rows, k), left))
     if module.has_bias:
         for name, parts in biases.items():
             rows, index, left = (torch.cat(each) for each in zip(*parts, strict=True))
-            places = _places(rows, len(x) // examples.size, examples.size)
-            at = _placed(index[:, None], places)[..., 0]
-            found[name] = Lookups(at, module.num_experts, _placed(left, places))
+            places = places_of(rows // per_example, examples.size)
+            at = _tokens_at(index[:, None], places)[..., 0]
+            found[name] = Lookups(at, module.num_experts, _tokens_at(left, places))
     return found
 
 
@@ -414,28 +415,31 @@ def _expert_map(module: Any, name: str, k: int, dtype: torch.dtype) -> tuple[Ten
     return (weight.mT if module.is_transposed else weight), bias
 
 
-_Places = tuple[Tensor, int, int]
+Places = tuple[Tensor, int, int]
 """Where each row goes, among b·m places, m of each example; b; m."""
 
 
-def _places(rows: Tensor, per_example: int, size: int) -> _Places:
+def places_of(example: Tensor, size: int) -> Places:
     """Rows of an example next to each other: as many places as the example with the most has."""
-    example = rows // per_example
     order = example.argsort(stable=True)
     counts = torch.bincount(example, minlength=size)
     before = counts.cumsum(0) - counts
-    rank = torch.empty_like(rows)
-    rank[order] = torch.arange(len(rows), device=rows.device)
-    most = int(counts.max())
+    rank = torch.empty_like(example)
+    rank[order] = torch.arange(len(example), device=example.device)
+    most = max(1, int(counts.max()))
     return example * most + rank - before[example], size, most
 
 
-def _placed(x: Tensor, places: _Places) -> Tensor:
-    """`[b, m, i]`, 0 where an example has fewer."""
+def placed(x: Tensor, places: Places) -> Tensor:
+    """`[b·m, ...]`, 0 where an example has fewer."""
     where, size, most = places
-    out = x.new_zeros(size * most, x.shape[1])
+    out = x.new_zeros(size * most, *x.shape[1:])
     out[where] = x
-    return out.reshape(size, most, -1)
+    return out
+
+
+def _tokens_at(x: Tensor, places: Places) -> Tensor:
+    return placed(x, places).reshape(places[1], places[2], -1)
 
 
 # -- products with a parameter itself -------------------------------------------------------------

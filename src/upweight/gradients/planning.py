@@ -9,7 +9,7 @@ examples are taken one at a time.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -25,7 +25,14 @@ from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBl
 from upweight.gradients.functional import as_dense
 from upweight.gradients.hooks import Capture, as_written, inside
 from upweight.gradients.layers import PRODUCT, Rule, rule_at, rule_for
-from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles
+from upweight.gradients.passes import (
+    GradientPass,
+    NoBatchingRule,
+    by_example,
+    misplaced,
+    roles,
+    scatters,
+)
 from upweight.task.data import Data
 from upweight.task.lent import lent
 from upweight.task.modes import require_modules
@@ -70,6 +77,7 @@ class _Planning:
         self.left = {name: f"{where} has no layer rule for it" for name, where in unruled.items()}
         self.broadcast: tuple[str, ...] = ()
         self.products: dict[str, bool] = {}
+        self.scattered: frozenset[str] = frozenset()
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
@@ -77,6 +85,7 @@ class _Planning:
         self._drop_unused_twins()
         if self.data.form.uncut is not None:
             return self._planned_alone()
+        idle = {k: o for k, o in self.owners.items() if any(s.layer not in self.ran for s in o)}
         self._leave_where(lambda s: s.layer not in self.ran, "did not run on the examples tried")
         self._leave_where(
             lambda s: s.layer not in self.axes, "does not see the examples on one of its first axes"
@@ -90,7 +99,11 @@ class _Planning:
             self._leave(name, "it is also used outside of its layers")
         self._find_products(also)
         whole = dict(self.owners), dict(self.left)
-        self._leave_where(lambda s: s.layer in lost, "does not keep the examples in their order")
+        self._find_scattered(lost, idle)
+        self._leave_where(
+            lambda s: s.layer in lost and s.layer not in self.scattered,
+            "does not keep the examples in their order",
+        )
         self._find_broadcast()
         made = self._made()
         alone = self._no_batching_rule(made)
@@ -210,6 +223,33 @@ class _Planning:
             if len(said) == 1 and axes[name] == {0}
         }
 
+    def _find_scattered(
+        self, lost: Collection[str], idle: Mapping[str, tuple[Source, ...]]
+    ) -> None:
+        """Of layers that do not keep the examples in order, those in which each row tells its own.
+
+        Args:
+            lost: The layers.
+            idle: Parameters of layers that did not run: where examples are routed, others may.
+        """
+        made = self._made()
+        unknown = scatters(made) & set(lost)
+        for batch, size in self._probe() if unknown else ():
+            with self._capture(roles(made), made.repeated) as capture:
+                values = capture.watch(partial(_checked, self.task, batch=batch), size)
+                calls = capture.backward(values)
+                if by_example(capture, values, calls, unknown) is None:
+                    unknown = set()
+        self.scattered = frozenset(unknown)
+        for name, sources in idle.items() if unknown else ():
+            rules = [rule_for(self.task.model.get_submodule(s.layer)) for s in sources]
+            if name in self.left and not any(rule is None or rule.reads for rule in rules):
+                self.owners[name] = sources
+                del self.left[name]
+                for s in sources:
+                    self.axes.setdefault(s.layer, 0)
+                self.scattered |= {s.layer for s in sources} - self.ran
+
     def _find_broadcast(self) -> None:
         """Of what is left, the parameters that meet the examples by broadcasting and only so."""
         candidates = tuple(self.left)
@@ -231,7 +271,7 @@ class _Planning:
                     calls = capture.backward(values)
                     seen |= {name for m in capture.met if m.delta is not None for name in m.names}
                     wrong |= {name for name in candidates if name in capture.bypassed}
-                    wrong |= set(misplaced(capture, values, calls, made.layers))
+                    wrong |= set(misplaced(capture, values, calls, made.layers, made.scattered))
         except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
             return ()
         return tuple(name for name in candidates if name in seen - wrong)
@@ -287,6 +327,7 @@ class _Planning:
         return dataclasses.replace(
             made,
             repeated=repeated,
+            scattered=frozenset(self.scattered & axes.keys()),
             one_by_one=one_by_one,
             computes_in=self.dtypes,
         )
@@ -329,6 +370,8 @@ class _Planning:
         values = capture.watch(lambda p: _checked(self.task, p, batch), size)
         shapes: dict[str, list[_Shapes]] = {}
         for call in capture.backward(values):
+            if not call.delta.numel():  # no row of this example comes to the layer
+                continue
             inputs = [x.shape for x in tree_leaves((call.args, call.kwargs)) if _is_input(x)]
             rule = rule_at(self.task.model, call.layer, dict.fromkeys(capture.turned, False))
             if rule is not None and rule.has_one_input and len(inputs) != 1:
@@ -374,7 +417,9 @@ class _Planning:
                 calls = capture.backward(values)
                 bypassed |= dict.fromkeys(capture.bypassed)
                 self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}
-                lost |= dict.fromkeys(misplaced(capture, values, calls, made.layers))
+                lost |= dict.fromkeys(
+                    misplaced(capture, values, calls, made.layers, made.scattered)
+                )
         return tuple(bypassed), list(lost)
 
 

@@ -155,14 +155,15 @@ def unconverted() -> Iterator[None]:
     It writes to parameters, which stand for several examples inside of `torch.func.vmap`: PyTorch
     would end the process by a fault of memory.
     """
-    own = nn.Module._apply
+    own: Any = nn.Module._apply
+    inside: Any = torch._C._functorch.maybe_current_level
 
-    def refused(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        if torch._C._functorch.maybe_current_level() is None:  # another thread's
+    def refused(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if inside() is None:  # another thread's
             return own(module, *args, **kwargs)
         raise RuntimeError(f"{type(module).__name__} is converted within the model's forward")
 
-    nn.Module._apply = refused  # type: ignore[method-assign]
+    nn.Module._apply = refused  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
