@@ -250,6 +250,34 @@ def test_rows_in_another_order_or_number_tell_whose_they_are(kind):
     torch.testing.assert_close(found, dense.gradients(task, data), **EXACT)
 
 
+class OneOfTwo(Three):
+    """Of two experts one sees as many rows as could be shared out evenly, the other does not."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, 4)
+        chosen = flat[:, 0] > 0
+        out = torch.zeros_like(flat)
+        out[chosen], out[~chosen] = self.a(flat[chosen]), self.b(flat[~chosen])
+        return self.head(out.reshape(x.shape).tanh().mean(dim=1))
+
+
+def test_each_layer_of_a_batch_is_looked_at():
+    """Also where one of them tells at once that its rows cannot be shared out evenly."""
+    g = torch.Generator().manual_seed(0)
+    task = uw.Task(initialized(OneOfTwo(), g).eval(), uw.CrossEntropy())
+    # Of two examples (1, 1) rows come to the first, then (2, 0), and others.
+    X = draw(g, 12, 3, 4)
+    counts = torch.tensor([1, 1, 2, 0, 3, 2, 0, 2, 1, 3, 0, 1])
+    X[..., 0] = torch.where(torch.arange(3) < counts[:, None], 1.0, -1.0)
+    data = as_data((X, labels(g, 12, 3)))
+    made, expected = plan(task, task.theta(), data), dense.gradients(task, data)
+    with GradientPass(made, task.theta()) as gradients:
+        for size in (2, 3, 4, 5):
+            for start, stop, batch in data.batches(size):
+                found = rows(made, gradients.of(task.losses, batch, stop - start))
+                torch.testing.assert_close(found, expected[start:stop], **EXACT)
+
+
 class Coupled(Three):
     """Rows of a layer that belong to two examples each, in batches that the plan did not see."""
 

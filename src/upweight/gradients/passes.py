@@ -72,7 +72,7 @@ class GradientPass:
         )
         self._placed = set[Any]() if placed is None else placed
         self._has_warned = False
-        self._is_alone = False
+        self._is_alone = self._is_routed = False
 
     def __enter__(self) -> "GradientPass":
         self._capture.__enter__()
@@ -202,12 +202,15 @@ class GradientPass:
         """Layers in which rows are not those of the examples they would be counted for."""
         kept = [call for call in calls if call.layer not in self.plan.scattered]
         kind = (len(values), tuple((call.layer, tuple(call.delta.shape)) for call in kept))
-        if kind in self._placed:
+        # Where rows are routed by value, the next batch of the same shapes may have others.
+        self._is_routed |= bool(self.plan.scattered)
+        if kind in self._placed and not self._is_routed:
             return []
         axes = self.plan.layers
         found = misplaced(self._capture, values, calls, axes, self.plan.scattered)
         if not found:
             self._placed.add(kind)
+        self._is_routed |= bool(found)
         return found
 
     def _block(
@@ -316,13 +319,15 @@ def misplaced(
     every, axes = [*calls, *met], {**axes, **dict.fromkeys((call.layer for call in met), 0)}
     calls = [call for call in every if call.layer not in scattered]
     found = [c.layer for c in calls if not _has_axis(c, axes[c.layer], size)]
-    if found or size == 1 or not calls:
+    if size == 1 or len(found) == len(calls):
         return list(dict.fromkeys(found))
+    without = set(found)
+    calls = [call for call in calls if call.layer not in without]
     # By the golden ratio, so that neighbours differ and no period of the batch is met.
     steps = (torch.arange(size, dtype=torch.float64) * 0.6180339887498949 % 1.0 * 8).floor() - 4
     weights = torch.exp2(steps).to(values)
     again = [*capture.backward(values, weights), *capture.met_calls]
-    again = [call for call in again if call.layer not in scattered]
+    again = [call for call in again if call.layer not in {*scattered, *without}]
     for call, other in zip(calls, again, strict=True):
         examples = Examples(
             size, axes[call.layer], torch.promote_types(call.delta.dtype, torch.float32)
