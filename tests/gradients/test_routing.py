@@ -265,9 +265,9 @@ def test_each_layer_of_a_batch_is_looked_at():
     """Also where one of them tells at once that its rows cannot be shared out evenly."""
     g = torch.Generator().manual_seed(0)
     task = uw.Task(initialized(OneOfTwo(), g).eval(), uw.CrossEntropy())
-    # Of two examples (1, 1) rows come to the first, then (2, 0), and others.
+    # In order where the plan looks; of two examples (1, 1) rows come to the first, then (2, 0).
     X = draw(g, 12, 3, 4)
-    counts = torch.tensor([1, 1, 2, 0, 3, 2, 0, 2, 1, 3, 0, 1])
+    counts = torch.tensor([1, 1, 2, 0, 3, 1, 0, 2, 1, 3, 0, 1])
     X[..., 0] = torch.where(torch.arange(3) < counts[:, None], 1.0, -1.0)
     data = as_data((X, labels(g, 12, 3)))
     made, expected = plan(task, task.theta(), data), dense.gradients(task, data)

@@ -41,6 +41,11 @@ Function = Callable[[Params, Any], Tensor]
 """(θ by name, batch) to one value per example: losses, or a measure."""
 
 
+AGAIN = 4
+"""How often batches of the same shapes are looked at in which a layer sees rows, not examples: so
+often those of routed experts are not in order by chance."""
+
+
 class GradientPass:
     """Gradients of batches as factors, block by block, while in its context.
 
@@ -204,12 +209,15 @@ class GradientPass:
         kind = (len(values), tuple((call.layer, tuple(call.delta.shape)) for call in kept))
         # Where rows are routed by value, the next batch of the same shapes may have others.
         self._is_routed |= bool(self.plan.scattered)
-        if kind in self._placed and not self._is_routed:
+        flat = any(c.delta.shape[0] != len(values) for c in kept if self.plan.layers[c.layer] == 0)
+        times = AGAIN if flat else 1
+        seen = sum((kind, k) in self._placed for k in range(times))
+        if seen == times and not self._is_routed:
             return []
         axes = self.plan.layers
         found = misplaced(self._capture, values, calls, axes, self.plan.scattered)
         if not found:
-            self._placed.add(kind)
+            self._placed.add((kind, seen))
         self._is_routed |= bool(found)
         return found
 
