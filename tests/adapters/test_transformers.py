@@ -66,6 +66,11 @@ FAMILIES = {
     "Falcon": ("FalconForCausalLM", "FalconConfig", L),
     "Bloom": ("BloomForCausalLM", "BloomConfig", S | {"hidden_size": 8, "n_layer": 1, "n_head": 2}),
     "Mistral": ("MistralForCausalLM", "MistralConfig", K),
+    "RWKV": (
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        S | {"hidden_size": 8, "num_hidden_layers": 2, "context_length": 32, "rescale_every": 0},
+    ),
     "classes": ("BertForSequenceClassification", "BertConfig", L | {"num_labels": 3}),
     "one number": ("BertForSequenceClassification", "BertConfig", L | {"num_labels": 1}),
     "several labels": (
@@ -158,6 +163,7 @@ def test_the_loss_is_the_models_own(name):
         ("Llama", torch.float32, uw.labels.Sampled(), 1e-5),
         ("Llama", torch.float32, uw.labels.Observed(), 1e-5),
         ("classes", torch.float64, uw.labels.Observed(), 1e-12),
+        ("BERT", torch.float64, uw.labels.Observed(), 1e-12),
     ],
 )
 def test_neither_padding_nor_batches_change_a_row(name, dtype, labels, rtol, monkeypatch):
@@ -215,6 +221,29 @@ def test_texts_that_share_a_row_do_not_see_each_other(name):
     # With a mask they do see each other, as they do in training.
     seen = task.training([row | {"attention_mask": [1] * len(row["input_ids"])} for row in packed])
     assert not torch.allclose(task.losses(theta, seen.batch(0, 3)), expected)
+
+
+def test_rwkv_is_not_to_divide_its_parameters_when_it_is_first_asked():
+    """Its way out computes the same; and no cache is filled, which a gradient does not survive."""
+    _, _, settings = FAMILIES["RWKV"]
+    torch.manual_seed(0)
+    made = library().RwkvForCausalLM(library().RwkvConfig(**settings | {"rescale_every": 1})).eval()
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    with pytest.raises(UnsupportedModel, match=r"RwkvForCausalLM(.|\n)*rescale_every = 0"):
+        hf.task(made)
+    made.config.rescale_every = 0
+    task = hf.task(made)
+    data = task.training(rows("RWKV"))
+    scores = uw.Influence(uw.EKFAC(uw.labels.Observed()), damping=0.1).fit(task, data)
+    assert bool(scores.attribute(data.take([0])).values.isfinite().all())
+    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
+    found = task.losses(task.theta(), data.batch(0, 7))
+    made.config.rescale_every = 1
+    task.model.rwkv.layers_are_rescaled = False
+    own = made(**data.take([0])).loss * (len(rows("RWKV")[0]["input_ids"]) - 1)
+    assert not torch.equal(made.state_dict()["rwkv.blocks.1.feed_forward.value.weight"],
+                           before["rwkv.blocks.1.feed_forward.value.weight"])  # fmt: skip
+    assert abs(float(own / found[0]) - 1) < 1e-4  # but for the ε of layer norms
 
 
 # -- the data that it takes ------------------------------------------------------------------------

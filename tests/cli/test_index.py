@@ -123,6 +123,9 @@ def test_the_command_line_gives_the_scores_of_the_library(place, built):
     assert "lower the loss of" in shown.stdout and f"{int(best[0])}" in shown.stdout
     verified, _ = run("index", "verify", built, *named, "--text", SAID)
     assert verified["spearman"] > 0.99 and verified["rows_per_second"] > 0
+    said = ["--text", SAID, "--examples", 1]
+    alone = CliRunner().invoke(cli, ["index", "verify", str(built), *map(str, [*named, *said])])
+    assert "none: it needs several examples whose scores differ" in alone.stdout
     said = ["--text", SAID, "--queries", place / "more.jsonl"]
     both = CliRunner().invoke(cli, ["index", "verify", str(built), *map(str, [*named, *said])])
     assert both.exit_code == 2 and "or about --queries FILE" in both.output

@@ -742,9 +742,93 @@ class Outside(nn.Module):
         return self.head(self.twice(F.linear(h, self.twice.weight).tanh()).mean(dim=1))
 
 
-@case_named("outside", by_function=["twice.*"])
+@case_named("outside")
 def outside(g):
     task = uw.Task(initialized(Outside(), g), uw.CrossEntropy())
+    return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
+
+
+class Products(nn.Module):
+    """Parameters that are multiplied with as they are, in both orientations and in stacks.
+
+    Heads with biases, as of RecurrentGemma; experts to which all tokens come, most as zeros, as of
+    Llama 4; a head that is tied to the embedding by its tensor.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        for name, *shape in (
+            ("io", 4, 6), ("oi", 4, 6), ("heads", 2, 2, 2), ("heads_bias", 2, 2), ("up", 3, 4, 5),
+            ("down", 3, 5, 4), ("mixed", 2, 2, 2), ("added", 4), ("with_bias", 4, 4),
+        ):  # fmt: skip
+            self.register_parameter(name, nn.Parameter(torch.ones(shape)))
+
+    def forward(self, ids):
+        h = self.embedding(ids)
+        b, t, d = h.shape
+        h = h + ((h @ self.io).tanh() @ self.oi.t()).tanh()
+        apart = h.reshape(b * t, 2, 2).permute(1, 0, 2)
+        gate = torch.baddbmm(self.heads_bias[:, None, :], apart, self.heads)
+        h = h * gate.transpose(0, 1).reshape(b, t, d).sigmoid()
+        flat = torch.addmm(self.added, h.reshape(-1, d), self.with_bias)
+        chosen = (flat[:, :3] == flat[:, :3].amax(dim=1, keepdim=True)) * flat[:, :3].sigmoid()
+        routed = flat.repeat(3, 1) * chosen.T.reshape(-1, 1)
+        inner = torch.bmm(routed.view(3, -1, d), self.up).tanh()
+        h = h + (inner @ self.down).sum(dim=0).reshape(b, t, d)
+        h = (h.reshape(b, t, 2, 2).transpose(1, 2) @ self.mixed.mT).transpose(1, 2).reshape(b, t, d)
+        return torch.matmul(h, self.embedding.weight.t())
+
+
+@case_named("products")
+def products(g):
+    task = uw.Task(initialized(Products(), g), uw.CrossEntropy())
+    ids = torch.randint(7, (5, 3), generator=g)
+    return task, (ids, ids.roll(1, dims=1))
+
+
+class Distances(nn.Module):
+    """As DeBERTa: maps of a table of distances, the same for all examples, one written over."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(6, 4)
+        self.keys, self.queries = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.body(x)
+        table = self.table.weight[:5].unsqueeze(0)
+        keys, queries = self.keys(table), self.queries(table)
+        view = queries.view(*queries.shape[:2], 2, 2)
+        view /= 2.0
+        scores = h @ keys.mT + h @ queries.mT
+        return self.head((scores.tanh() @ x.new_ones(5, 4)).sum(dim=1) * h.mean(dim=1))
+
+
+@case_named("distances", repeated=["keys", "queries"])
+def distances(g):
+    task = uw.Task(initialized(Distances(), g), uw.CrossEntropy())
+    return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
+
+
+class WrittenOver(nn.Module):
+    """The output of a Linear with a bias on sequences, which is a view, through a view of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = self.b(self.a(x).tanh())
+        heads = hidden.view(*hidden.shape[:2], 2, 2)
+        heads *= 0.5
+        return self.head(hidden.tanh().mean(dim=1))
+
+
+@case_named("written_over")
+def written_over(g):
+    task = uw.Task(initialized(WrittenOver(), g), uw.CrossEntropy())
     return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
 
 
@@ -771,7 +855,7 @@ def gained_positions_first(g):
     return task, (draw(g, 5, 4, 3), labels(g, 5, 2))
 
 
-@case_named("flattened_positions_first", by_function=["body.*"])
+@case_named("flattened_positions_first")
 def flattened_positions_first(g):
     task = uw.Task(initialized(Flattened(True), g), uw.CrossEntropy())
     return task, (draw(g, 5, 4, 3), labels(g, 5, 2))

@@ -8,6 +8,7 @@ from tests.market import BUILDERS, problem
 from tests.reference import dense
 from upweight.gradients.functional import (
     output_jacobians,
+    over_examples,
     value_gradients,
 )
 from upweight.task.data import as_data
@@ -64,3 +65,15 @@ def test_gradients_are_taken_at_the_theta_given_and_not_at_the_models():
     moved = uw.Task(model.requires_grad_(True), p.task.loss, p.task.penalty)
     found = value_gradients(p.task.losses, theta, whole(p.train), p.n)
     torch.testing.assert_close(found, dense.gradients(moved, p.train), **p.tolerance)
+
+
+def test_a_layer_that_a_forward_converts_is_an_error_under_vmap_and_ends_no_process():
+    """As the router of Switch Transformers, whose parameters stand for several examples there."""
+    layer = torch.nn.Linear(2, 1)
+
+    def value(x):
+        return layer.to(torch.float32)(x).sum()
+
+    with pytest.raises(RuntimeError, match="Linear is converted within the model's forward"):
+        over_examples(value, torch.ones(3, 2), 3)
+    assert layer.to(torch.float64).weight.dtype == torch.float64

@@ -95,7 +95,6 @@ def test_attention_is_two_matrices():
 NOTES = {
     "weight_norm": r"weight.original0, .*weight.original1: .* because ParametrizationList",
     "used_bare": r"body.weight: .* because it is also used outside of its layers",
-    "flattened_positions_first": r"weight, body.bias: .* does not keep the examples in their order",
     "lstm": r"one at a time, about \d+ times slower, because of layer.weight_ih_l0, .*params=",
 }
 
@@ -112,12 +111,24 @@ def test_nothing_to_note_where_every_layer_has_a_rule():
 
 def test_a_product_outside_of_its_layer_has_the_factors_of_the_layer():
     made = layer_market.planned("outside")
-    assert made.outside and not made.one_by_one
+    assert made.products == {"left.weight": False, "right.weight": False, "twice.weight": False}
+    assert not made.one_by_one
     found = {b.name: b.shape for b in made.blocks if isinstance(b, MatrixBlock)}
     assert found["left.weight"] == (4, 3) and found["right.weight"] == (4, 4)
     others = {"left.bias", "right.bias", "each.weight", "each.bias", "all.weight"}
     assert set(made.broadcast) == others
-    assert not layer_market.planned("decoder").outside
+    assert not layer_market.planned("decoder").products
+
+
+def test_products_with_parameters_themselves_have_factors():
+    """In whichever orientation each is kept; a stack has a block for each of its parts."""
+    made = layer_market.planned("products")
+    assert (made.notes, made.one_by_one) == ((), False)
+    found = {b.name: b.shape for b in made.blocks if isinstance(b, MatrixBlock)}
+    assert found["embedding.weight"] == (7, 4) and found["io"] == (6, 4) and found["oi"] == (4, 6)
+    assert [found[f"heads[{k}:{k + 2}]"] for k in (0, 2)] == [(2, 2)] * 2
+    assert [found[f"up[{k}:{k + 5}]"] for k in (0, 5, 10)] == [(5, 4)] * 3
+    assert set(made.broadcast) == {"heads_bias", "added"}
 
 
 def test_a_layer_that_does_not_run_is_noted():

@@ -233,13 +233,65 @@ def test_what_keeps_the_order_of_examples_needs_no_detour(kind):
         gradient_rows(made, data.batch(0, 20))
 
 
-def test_parts_that_the_plan_did_not_see_are_noticed_and_said():
-    task, data = routed(InParts)
+ROUTED = [ExpertPerExample, ExpertPerToken, Capacity, Sorted, InParts, TokensInParts,
+          TwiceAfterEachOther, Unpadded]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_rows_in_another_order_or_number_tell_whose_they_are(kind):
+    """By further backward passes, also where the plan saw them in order: of more than 16 examples
+    in two digits."""
+    task, data = routed(kind)
     made = plan(task, task.theta(), data)
-    assert not made.by_function
-    with pytest.warns(
-        UserWarning, match="one at a time, because the examples .* separated in a, b"
-    ):
+    assert not made.by_function and not made.one_by_one and not made.notes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = gradient_rows(made, data.batch(0, 20))
+    torch.testing.assert_close(found, dense.gradients(task, data), **EXACT)
+
+
+class OneOfTwo(Three):
+    """Of two experts one sees as many rows as could be shared out evenly, the other does not."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, 4)
+        chosen = flat[:, 0] > 0
+        out = torch.zeros_like(flat)
+        out[chosen], out[~chosen] = self.a(flat[chosen]), self.b(flat[~chosen])
+        return self.head(out.reshape(x.shape).tanh().mean(dim=1))
+
+
+def test_each_layer_of_a_batch_is_looked_at():
+    """Also where one of them tells at once that its rows cannot be shared out evenly."""
+    g = torch.Generator().manual_seed(0)
+    task = uw.Task(initialized(OneOfTwo(), g).eval(), uw.CrossEntropy())
+    # In order where the plan looks; of two examples (1, 1) rows come to the first, then (2, 0).
+    X = draw(g, 12, 3, 4)
+    counts = torch.tensor([1, 1, 2, 0, 3, 1, 0, 2, 1, 3, 0, 1])
+    X[..., 0] = torch.where(torch.arange(3) < counts[:, None], 1.0, -1.0)
+    data = as_data((X, labels(g, 12, 3)))
+    made, expected = plan(task, task.theta(), data), dense.gradients(task, data)
+    with GradientPass(made, task.theta()) as gradients:
+        for size in (2, 3, 4, 5):
+            for start, stop, batch in data.batches(size):
+                found = rows(made, gradients.of(task.losses, batch, stop - start))
+                torch.testing.assert_close(found, expected[start:stop], **EXACT)
+
+
+class Coupled(Three):
+    """Rows of a layer that belong to two examples each, in batches that the plan did not see."""
+
+    def forward(self, x):
+        return self.head(self.a(x.reshape(-1, 8)[:, :4] if len(x) > 3 else x).tanh()).repeat(
+            2 if len(x) > 3 else 1, 1
+        )
+
+
+def test_rows_of_several_examples_are_noticed_and_said():
+    task, data = routed(InParts)
+    task = uw.Task(initialized(Coupled(), torch.Generator().manual_seed(0)).eval(), task.loss)
+    made = plan(task, task.theta(), data)
+    with pytest.warns(UserWarning, match="one at a time, because the examples .* separated in a"):
         gradient_rows(made, data.batch(0, 20))
 
 

@@ -354,6 +354,16 @@ def test_what_verify_says_is_so_and_is_kept(fitted, tmp_path):
     assert again.scores(queries).provenance.health["index_spearman"] == said.spearman
 
 
+def test_of_one_example_there_is_no_correlation_and_verify_says_so(fitted, tmp_path):
+    index = build(fitted, corpus(), tmp_path)
+    said = index.verify(asked(), examples=[3])
+    assert (said.spearman, said.pearson) == (None, None)
+    assert "no correlation (it needs several examples whose scores differ)" in str(said)
+    again = uw.Index.load(tmp_path, fitted, corpus())
+    assert again.verified == said and str(said) in repr(again)
+    assert again.scores(asked()).provenance.health["index_spearman"] is None
+
+
 # -- who builds it, and how often -----------------------------------------------------------------
 
 

@@ -145,3 +145,20 @@ def test_rounding_in_a_basis_is_as_good_as_zero(dtype):
 def test_bases_that_do_not_fit_are_refused(bases):
     with pytest.raises(ShapeError, match=r"eigenvalues \(3, 4\) for bases of sizes"):
         Eigen(tuple(d if d is None else torch.eye(d) for d in bases), torch.ones(3, 4))
+
+
+def test_rounding_does_not_choose_the_basis_of_equal_eigenvalues():
+    """Nor where the matrix is diagonal: its eigenvectors stay those of the axes."""
+    g = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(9, 9, generator=g, dtype=torch.float64))[0]
+    true = torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0], dtype=torch.float64)
+    M = (Q * true) @ Q.T
+    noise = torch.randn(9, 9, generator=g, dtype=torch.float64)
+    _, once = eigenbasis(M)
+    values, again = eigenbasis(M + 1e-16 * (noise + noise.T))
+    torch.testing.assert_close(values, true, rtol=0, atol=1e-14)
+    same = (once.T @ again).abs()[2:, 2:]  # of the null space any basis will do
+    torch.testing.assert_close(same, torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-13)
+    torch.testing.assert_close((again * values) @ again.T, M, rtol=0, atol=1e-14)
+    _, axes = eigenbasis(torch.tensor([2.0, 1.0, 2.0, 1.0]).diag())
+    assert torch.equal(axes.abs().sum(dim=0), torch.ones(4, dtype=torch.float64))

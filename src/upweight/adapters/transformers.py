@@ -645,6 +645,7 @@ def _task(
     penalty: Penalty | Callable[[Params], Tensor] | None,
     params: str | tuple[str, ...],
 ) -> Task:
+    _require_fixed(model)
     loss, forward = OWN[name](model)
     return Task(model, loss, penalty, params, forward, Reader(model, name, tokenizer))
 
@@ -661,6 +662,21 @@ def _require_kind(model: nn.Module, asked: str) -> None:
             f"a {type(bare(model)).__name__}, whose own loss is that of {found}.",
             "an adapter for another kind of model.",
             f"{found}(model).",
+        )
+
+
+def _require_fixed(model: nn.Module) -> None:
+    """Refuse a model that is about to divide its own parameters, as RWKV does when first asked."""
+    every = getattr(getattr(bare(model), "config", None), "rescale_every", 0)
+    waits = any(getattr(each, "layers_are_rescaled", True) is False for each in model.modules())
+    if waits and every > 0:
+        raise UnsupportedModel(
+            "A model must not write to its parameters when it is asked.",
+            f"{type(bare(model)).__name__} with config.rescale_every={every}, which "
+            "divides some by powers of 2 when it is first asked in eval mode.",
+            "a guard against overflow in half precision.",
+            "model.config.rescale_every = 0, which computes the same with the parameters as "
+            "trained.",
         )
 
 

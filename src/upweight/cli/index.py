@@ -28,6 +28,7 @@ from upweight.cli.question import NAMES, with_training_data
 from upweight.cli.screen import Answer, continued_by, duration, say, size, table, verb
 from upweight.errors import DataError, SpecError
 from upweight.index.index import BITS, Index
+from upweight.index.verification import UNCORRELATED
 from upweight.methods.method import Method
 from upweight.runs.forecast import IndexForecast, index_forecast
 from upweight.runs.indexed import IndexRecord
@@ -346,10 +347,15 @@ def verify(
         agreed = made.verify(asked, compared)
         seconds = made.scan_seconds()
     width = made.bytes_per_example
+    spearman, pearson = (
+        f"none: {UNCORRELATED}" if r is None else f"{r:.3f}"
+        for r in (agreed.spearman, agreed.pearson)
+    )
     rows = [
-        ("Spearman", f"{agreed.spearman:.3f}"),
+        ("Spearman", spearman),
+        ("Pearson", pearson),
+        ("slope", f"{agreed.slope:.3f}"),
         (f"recall@{agreed.k}", f"{agreed.recall:.2f}"),
-        ("Pearson, slope", f"{agreed.pearson:.3f}, {agreed.slope:.3f}"),
         ("bytes", f"{width} a row, {size(n * width)} for {n} rows"),
         ("scan", f"{n / seconds:,.0f} rows/s, {size(n * width / seconds)}/s".replace(",", " ")),
     ]

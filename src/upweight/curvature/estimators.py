@@ -258,8 +258,8 @@ class EKFACBlock(KFACBlock):
         if stage > 0:
             return
         # The scale of a covariance does not change its eigenbasis.
-        _, left = eigenbasis(self._finite(self.sums["left"].gram))
-        _, right = eigenbasis(self._finite(self.sums["right"].gram))
+        _, left = eigenbasis(self._finite(self.sums["left"].gram), self.dtype)
+        _, right = eigenbasis(self._finite(self.sums["right"].gram), self.dtype)
         self._rotate(left.to(self.dtype), right.to(self.dtype))
 
     def learned(self, stage: int) -> tuple[Tensor, ...]:

@@ -106,7 +106,10 @@ class Plan:
             whether it has an axis of size 1 for that.
         one_by_one: Whether examples are taken one at a time, because neither the layers nor
             `torch.func` can tell those of a batch apart.
-        outside: Whether a Linear's weight is multiplied with outside of it.
+        products: Parameters that the examples are multiplied with outside of any layer's rule, and
+            whether as [i, o]: their calls go by their own name.
+        scattered: Layers that see rows of the examples in another order or number, as experts do:
+            whose each is, is told by further backward passes.
         computes_in: The dtypes in which the layers pass gradients on, autocast's among them.
     """
 
@@ -119,7 +122,8 @@ class Plan:
     repeated: Mapping[str, bool] = field(default_factory=dict)
     one_by_one: bool = False
     broadcast: tuple[str, ...] = ()
-    outside: bool = False
+    products: Mapping[str, bool] = field(default_factory=dict)
+    scattered: frozenset[str] = frozenset()
     computes_in: frozenset[torch.dtype] = frozenset()
 
     @property

@@ -59,11 +59,14 @@ class Broadcasting(TorchFunctionMode):
         size: b, at least 2. The examples come first, each perhaps in several rows.
         met: To append what was met to; None: the same replacements, not kept (for a part that a
             checkpoint runs again).
+        constants: Further parameters, by identity, that are constants in the layers that run: what
+            a layer makes of a watched parameter is a function of parameters, too.
     """
 
     leaves: Mapping[str, Tensor]
     size: int
     met: list[Met] | None
+    constants: Mapping[int, Tensor] = field(default_factory=dict)
     _free: dict[int, tuple[Tensor, tuple[str, ...]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,9 +81,10 @@ class Broadcasting(TorchFunctionMode):
         free = [x for x in tensors if id(x) in self._free]
         if not free or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        fixed = [x for x in tensors if id(x) in self.constants]
         kind = getattr(func, "__name__", "").strip("_")
         if kind.removeprefix("r") in _ELEMENTWISE or kind.removeprefix("i") in _ELEMENTWISE:
-            whole, own = _broadcast(tensors), _broadcast(free)
+            whole, own = _broadcast(tensors), _broadcast([*free, *fixed])
             if whole != own and whole[0] % self.size == 0:
                 return self._with_axes(func, args, kwargs, free, whole[0], len(whole))
             if any(x.requires_grad and id(x) not in self._free for x in tensors):
@@ -96,7 +100,7 @@ class Broadcasting(TorchFunctionMode):
             spread = self._spread(free[0], func(*args, **kwargs))
             if spread is not None:
                 return spread
-        elif len(free) < len(tensors) and func is not F.embedding:
+        elif len(free) + len(fixed) < len(tensors) and func is not F.embedding:
             return func(*args, **kwargs)  # another use: the plain gradient tells of it
         out = func(*args, **kwargs)
         names = tuple(dict.fromkeys(name for x in free for name in self._free[id(x)][1]))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from upweight._typing import Batch
 from upweight.task.batches import Listed, has_examples, mapped
+from upweight.task.lent import unconverted
 from upweight.task.task import Task
 
 
@@ -70,7 +71,8 @@ def over_examples(function: Callable[[Any], Any], batch: Any, size: int) -> Any:
             mapped(lambda x: parts[x.index][None] if isinstance(x, _Place) else x, places)
         )
 
-    return torch.func.vmap(one)(mapped_over)
+    with unconverted():
+        return torch.func.vmap(one)(mapped_over)
 
 
 class _Place:

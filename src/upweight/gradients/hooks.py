@@ -10,8 +10,8 @@ multiplies out every weight's gradient. Whatever else uses those parameters (a m
 weights, `x @ layer.weight`) is noticed and named in `bypassed`: no layer would account for it.
 
 An embedding of another class (of shifted places, or scaled afterwards) is watched inside, where it
-looks up its weight. The weight of a Linear that is multiplied with outside of it, W x, is watched
-there (`outside`). Parameters without a layer may be watched by themselves (`broadcast.py`).
+looks up its weight. Parameters without a layer may be watched by themselves, where they are
+multiplied with (`products.py`) or broadcast (`broadcast.py`).
 
 The hooks live inside the context: model, parameters and hooks come back as they were.
 """
@@ -34,6 +34,7 @@ from upweight._typing import Batch, Params
 from upweight.errors import UnsupportedModel
 from upweight.gradients.broadcast import Broadcasting, Met, parameter_rows
 from upweight.gradients.functional import as_dense
+from upweight.gradients.products import Products
 from upweight.task.gradients import require_recording
 from upweight.task.lent import lent, without_fast_path
 from upweight.task.sharded import is_split
@@ -90,8 +91,8 @@ class Capture:
             output has an axis of size 1 for the copies; otherwise they get a new first axis.
         broadcast: Parameters to watch where they meet the examples by broadcasting.
         others: Parameters whose plain gradient is of interest, see `plain`.
-        outside: Whether to watch products W x and F.linear(x, W) with the weight of a watched
-            Linear outside of it, as uses of that layer.
+        products: Parameters to watch where the examples are multiplied with them, outside of
+            watched layers: each such use is a call under the parameter's name.
 
     Raises:
         NotDifferentiable: Entered inside `torch.inference_mode()`.
@@ -107,7 +108,7 @@ class Capture:
         repeated: Mapping[str, bool] | None = None,
         broadcast: Sequence[str] = (),
         others: Sequence[str] = (),
-        outside: bool = False,
+        products: Sequence[str] = (),
     ) -> None:
         self.task, self.layers = task, dict(layers)
         self.bypassed: tuple[str, ...] = ()
@@ -117,19 +118,22 @@ class Capture:
         watched none, but for broadcast ones in a batch of one example, which are that example's."""
         self._repeated = dict(repeated or {})
         self._broadcast = tuple(broadcast)
-        self._watched = {*_accounted(task, self.layers), *self._broadcast}
+        self._watched = {*_accounted(task, self.layers), *self._broadcast, *products}
         names = {*self._watched, *others}
         given = dict(task.named(theta))
         if task.sharded is not None:  # what is looked at by itself must be there
             every = dict(task.model.named_parameters())
             given |= {
-                k: task.sharded.whole(k, every[k]).clone() for k in (*self._broadcast, *others)
+                k: task.sharded.whole(k, every[k]).clone()
+                for k in (*self._broadcast, *products, *others)
             }
         self.params = {k: v.detach().requires_grad_(k in names) for k, v in given.items()}
         """θ by name: leaves where they are watched or of interest, constants elsewhere."""
-        self._products = _linear_weights(task, self.layers, self.params) if outside else {}
-        self.outside: tuple[str, ...] = ()
-        """Layers that the last `watch` found multiplied with outside of them."""
+        self._products = {name: self.params[name] for name in products}
+        self.turned: dict[str, set[bool]] = {}
+        """Of each parameter that the last `watch` found multiplied with: whether as [i, o]."""
+        self._constants: dict[int, Tensor] = {}
+        """Parameters as constants of the layers that run, by identity."""
         self._size = 0
         self.met: list[Met] = []
         """Where broadcast parameters met the examples."""
@@ -204,9 +208,9 @@ class Capture:
                 stack.enter_context(_Lookups(self))
             if self._broadcast and self._size > 1:
                 leaves = {name: self.params[name] for name in self._broadcast}
-                stack.enter_context(Broadcasting(leaves, self._size, met))
+                stack.enter_context(Broadcasting(leaves, self._size, met, self._constants))
             if self._products:  # asked first: a bias that it adds meets the examples
-                stack.enter_context(_Products(self._products, self))
+                stack.enter_context(Products(self._products, self.multiplied))
             yield
 
     def backward(self, values: Tensor, cotangents: Tensor | None = None) -> list[Call]:
@@ -270,7 +274,8 @@ class Capture:
         return parameter_rows(self.met, leaves, self._size)
 
     def _forget(self) -> None:
-        self._uses, self._anchors, self.met, self.outside = [], [], [], ()
+        self._uses, self._anchors, self.met, self.turned = [], [], [], {}
+        self._constants.clear()
 
     def _enters(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, _: Any) -> None:
@@ -291,10 +296,10 @@ class Capture:
         out = F.embedding(input, weight.detach(), *rest, **more)
         return self._watched_output(self._looking_up[-1][0], (input,), {}, out)
 
-    def multiplied(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
-        """x Wᵀ with the weight of a Linear outside of it: the layer's use."""
-        self.outside = tuple(dict.fromkeys((*self.outside, name)))
-        return self._watched_output(name, (x,), {}, F.linear(x, weight.detach()))
+    def multiplied(self, name: str, x: Tensor, product: Tensor, is_io: bool) -> Tensor:
+        """A product with a parameter: the parameter's use."""
+        self.turned.setdefault(name, set()).add(is_io)
+        return self._watched_output(name, (x,), {}, product)
 
     def _before(self, roles: Sequence[str]) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, _: Any) -> None:
@@ -306,7 +311,10 @@ class Capture:
                 owner = module.get_submodule(path)
                 value = owner._parameters[last]
                 taken.append((owner, last, value))
-                owner._parameters[last] = None if value is None else value.detach()  # type: ignore[assignment]
+                constant = None if value is None else value.detach()
+                if constant is not None and self._broadcast:
+                    self._constants[id(constant)] = constant
+                owner._parameters[last] = constant  # type: ignore[assignment]
             self._taken.append((module, taken))
 
         return hook
@@ -356,6 +364,10 @@ class Capture:
             tensor = leaf.clone()
             if self._listening:
                 self._anchors.append(leaf)
+        elif tensor._is_view():
+            # What is written over a view (a Linear's output with its bias is one) takes its place
+            # in the graph, and δ would not come by the hook below.
+            tensor = tensor.clone()
         if self._listening:
             # Not copied: a model that wrote over a layer's input could not have been trained.
             use = _Use(name, *tree_map(_detached, (args, kwargs)))
@@ -378,44 +390,6 @@ class _Lookups(TorchFunctionMode):
         if func is F.embedding and self._capture.looks_up(*args[1:2], **kwargs):
             return self._capture.lookup(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-class _Products(TorchFunctionMode):
-    """Tells a capture when something multiplies with the weight of a Linear outside of it."""
-
-    def __init__(self, weights: Mapping[int, str], capture: Capture) -> None:
-        super().__init__()
-        self._weights, self._capture = weights, capture
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        # A layer within its own forward has its weight as a constant, which is another tensor.
-        if kwargs or len(args) < 2 or not torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
-        left, right = (self._weights.get(id(x)) for x in args[:2])
-        if func in _MATMUL and left is not None and args[1].ndim > 2:
-            return self._capture.multiplied(left, args[1].mT, args[0]).mT
-        if func is F.linear and right is not None:
-            out = self._capture.multiplied(right, *args[:2])
-            return out if len(args) == 2 or args[2] is None else out + args[2]
-        return func(*args)
-
-
-_MATMUL = frozenset((torch.matmul, Tensor.matmul, Tensor.__matmul__))
-
-
-def _linear_weights(
-    task: Task, layers: Mapping[str, Sequence[str]], params: Mapping[str, Tensor]
-) -> dict[int, str]:
-    """The layer of each Linear's weight, by the identity of the tensor that stands for it."""
-    names = {id(p): name for name, p in task.model.named_parameters()}
-    found = {}
-    for layer, roles in layers.items():
-        module = task.model.get_submodule(layer)
-        if type(module) is nn.Linear and "weight" in roles:
-            found[id(params[names[id(module.weight)]])] = layer
-    return found
 
 
 def looks_up_inside(module: nn.Module) -> bool:

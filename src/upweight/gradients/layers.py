@@ -7,6 +7,7 @@
     *Norm           g_γ = Σ_t δ_t ∘ x̂_t                      g_β = Σ_t δ_t
     attention       its projections, each as a Linear
     experts         each as a Linear of the tokens that are routed to it
+    x W             of a parameter outside of any layer, or a stack of them: each as a Linear
     any other       of one input and without parts: vmap(grad) of ⟨δ, layer(a)⟩, the layer alone
 
 A rule says which parameters of its module it accounts for. Parameters of modules that have layers
@@ -44,6 +45,9 @@ from upweight.gradients.factored import (
 from upweight.gradients.hooks import Call
 from upweight.task.lent import with_backward_pass
 from upweight.task.sharded import kind_of
+
+PRODUCT = "product"
+"""What a parameter is in a product of its own; `product[k]` for part k of a stack."""
 
 Contributions = Mapping[str, Factors]
 """Gradients by the parameter's name within its module; `weight[k]` for group k of a convolution."""
@@ -376,6 +380,7 @@ def _experts(module: Any, call: Call, examples: Examples) -> Contributions:
     x, weights, delta = (each.to(examples.dtype) for each in (x, weights, call.delta))
     delta = delta.reshape(len(x), -1)
     first = "gate_up_proj" if module.has_gate else "up_proj"
+    per_example = len(x) // examples.size
     found: dict[str, Factors] = {}
     biases: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for k in range(module.num_experts):
@@ -390,16 +395,16 @@ def _experts(module: Any, call: Call, examples: Examples) -> Contributions:
             inner = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
         outer = delta[rows] * (weights * is_chosen)[rows].sum(dim=1, keepdim=True)
         (back,) = torch.autograd.grad(inner, hidden, outer @ down)
-        places = _places(rows, len(x) // examples.size, examples.size)
+        places = places_of(rows // per_example, examples.size)
         for name, left, right in ((first, back, x[rows]), ("down_proj", outer, inner.detach())):
-            found[f"{name}[{k}]"] = Tokens(*(_placed(y, places) for y in (left, right)))
+            found[f"{name}[{k}]"] = Tokens(*(_tokens_at(y, places) for y in (left, right)))
             biases.setdefault(f"{name}_bias", []).append((rows, torch.full_like(rows, k), left))
     if module.has_bias:
         for name, parts in biases.items():
             rows, index, left = (torch.cat(each) for each in zip(*parts, strict=True))
-            places = _places(rows, len(x) // examples.size, examples.size)
-            at = _placed(index[:, None], places)[..., 0]
-            found[name] = Lookups(at, module.num_experts, _placed(left, places))
+            places = places_of(rows // per_example, examples.size)
+            at = _tokens_at(index[:, None], places)[..., 0]
+            found[name] = Lookups(at, module.num_experts, _tokens_at(left, places))
     return found
 
 
@@ -410,28 +415,51 @@ def _expert_map(module: Any, name: str, k: int, dtype: torch.dtype) -> tuple[Ten
     return (weight.mT if module.is_transposed else weight), bias
 
 
-_Places = tuple[Tensor, int, int]
+Places = tuple[Tensor, int, int]
 """Where each row goes, among b·m places, m of each example; b; m."""
 
 
-def _places(rows: Tensor, per_example: int, size: int) -> _Places:
+def places_of(example: Tensor, size: int) -> Places:
     """Rows of an example next to each other: as many places as the example with the most has."""
-    example = rows // per_example
     order = example.argsort(stable=True)
     counts = torch.bincount(example, minlength=size)
     before = counts.cumsum(0) - counts
-    rank = torch.empty_like(rows)
-    rank[order] = torch.arange(len(rows), device=rows.device)
-    most = int(counts.max())
+    rank = torch.empty_like(example)
+    rank[order] = torch.arange(len(example), device=example.device)
+    most = max(1, int(counts.max()))
     return example * most + rank - before[example], size, most
 
 
-def _placed(x: Tensor, places: _Places) -> Tensor:
-    """`[b, m, i]`, 0 where an example has fewer."""
+def placed(x: Tensor, places: Places) -> Tensor:
+    """`[b·m, ...]`, 0 where an example has fewer."""
     where, size, most = places
-    out = x.new_zeros(size * most, x.shape[1])
+    out = x.new_zeros(size * most, *x.shape[1:])
     out[where] = x
-    return out.reshape(size, most, -1)
+    return out
+
+
+def _tokens_at(x: Tensor, places: Places) -> Tensor:
+    return placed(x, places).reshape(places[1], places[2], -1)
+
+
+# -- products with a parameter itself -------------------------------------------------------------
+
+
+def _product(_: nn.Module | None, call: Call, examples: Examples) -> Contributions:
+    return {PRODUCT: Tokens(examples.tokens(call.delta), examples.tokens(_input(call)))}
+
+
+def _stacked_product(_: nn.Module | None, call: Call, examples: Examples) -> Contributions:
+    """`[N, k, i]` and `[N, k, o]`: a product for each of k."""
+
+    def by_part(x: Tensor) -> Tensor:
+        parts = examples.first(x).reshape(examples.size, -1, *x.shape[-2:])
+        return parts.movedim(2, 0).to(examples.dtype).contiguous()
+
+    right = call.once("parts", lambda: by_part(_input(call)))
+    # What is not routed to an expert comes to it as zeros: it is none of its positions.
+    left = by_part(call.delta) * (right != 0).any(dim=-1, keepdim=True)
+    return {f"{PRODUCT}[{k}]": Tokens(left[k], right[k]) for k in range(len(right))}
 
 
 # -- any other layer ---------------------------------------------------------------------------
@@ -508,6 +536,8 @@ _CONV_TRANSPOSE = Rule(_own("weight", "bias"), _conv_transpose)
 _LAYER_NORM = Rule(_own("weight", "bias"), _layer_norm, has_factors=False)
 _RUNNING_NORM = Rule(_fixed_statistics, _channel_norm, has_factors=False)
 _CHANNEL_NORM = Rule(_own("weight", "bias"), _channel_norm, has_factors=False)
+_PRODUCT = Rule(lambda _: (), _product)
+_STACKED_PRODUCT = Rule(lambda _: (), _stacked_product, is_stacked=True)
 _ANY_OTHER = Rule(_direct_parameters, _itself, has_factors=False, has_one_input=True, reads=True)
 
 RULES: Mapping[type[nn.Module], Rule] = {
@@ -539,6 +569,16 @@ _BY_NAME = {
 
 
 _EXPERTS = Rule(_expert_parameters, _experts, is_stacked=True, reads=True)
+
+
+def rule_at(model: nn.Module, layer: str, products: Mapping[str, bool]) -> Rule | None:
+    """The rule of what is watched under a name: a layer, or a parameter in products of its own."""
+    if layer not in products:
+        return rule_for(model.get_submodule(layer))
+    stacked = dict(model.named_parameters())[layer].ndim == 3
+    return dataclasses.replace(
+        _STACKED_PRODUCT if stacked else _PRODUCT, is_transposed=products[layer]
+    )
 
 
 def rule_for(module: nn.Module) -> Rule | None:

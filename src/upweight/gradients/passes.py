@@ -10,13 +10,14 @@ broadcasting have theirs from that (`broadcast.py`); what is left gets per-examp
 Each kind of batch (its size, and the shapes that layers saw in it) is held once to what the rules
 rest on: that row t of a layer's output belongs to the example it is counted for. If so, doubling
 the loss of example i doubles δ in its rows and nowhere else; a second backward pass with unequal
-weights tells, exactly, because they are powers of two. Where an example's rows cannot be told, as
-in a mixture of experts that routes by value, the batch is taken one example at a time.
+weights tells, exactly, because they are powers of two. In layers that see some rows only, or in
+another order, as experts do, further passes with such weights tell whose each row is. Where an
+example's rows cannot be told, the batch is taken one example at a time.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from upweight._typing import Batch, Params
 from upweight.errors import NotDifferentiable, ScalarLoss, UnsupportedModel
@@ -32,12 +34,16 @@ from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source
 from upweight.gradients.factored import Factors, Joined, Rows, Tokens, stacked
 from upweight.gradients.functional import over_examples
 from upweight.gradients.hooks import Call, Capture, inside
-from upweight.gradients.layers import Examples, rule_for
+from upweight.gradients.layers import Examples, placed, places_of, rule_at, rule_for
 from upweight.task.batches import cut
-from upweight.task.task import Task
 
 Function = Callable[[Params, Any], Tensor]
 """(θ by name, batch) to one value per example: losses, or a measure."""
+
+
+AGAIN = 4
+"""How often batches of the same shapes are looked at in which a layer sees rows, not examples: so
+often those of routed experts are not in order by chance."""
 
 
 class GradientPass:
@@ -67,11 +73,11 @@ class GradientPass:
             plan.repeated,
             plan.broadcast,
             plan.by_function,
-            plan.outside,
+            tuple(plan.products),
         )
         self._placed = set[Any]() if placed is None else placed
         self._has_warned = False
-        self._is_alone = False
+        self._is_alone = self._is_routed = False
 
     def __enter__(self) -> "GradientPass":
         self._capture.__enter__()
@@ -147,10 +153,15 @@ class GradientPass:
                 'parameters out with Task(params="pattern").',
             )
         rows = self._capture.broadcast_rows()
-        lost = self._misplaced(values, calls)
+        lost = {*self._misplaced(values, calls), *(plan.scattered if size > 1 else ())}
         if lost:
-            self._warn(f"the examples of a batch cannot be separated in {', '.join(lost[:3])}")
-            return self._one_by_one(function, batch, size)
+            can = scatters(plan)
+            told = by_example(self._capture, values, calls, lost) if lost <= can else None
+            if told is None:
+                of = sorted(lost - plan.scattered) or sorted(lost)
+                self._warn(f"the examples of a batch cannot be separated in {', '.join(of[:3])}")
+                return self._one_by_one(function, batch, size)
+            calls = told
         if self.clears:
             calls = without_rounding(calls, plan.layers, size)
         # Factors keep their dtype where the caller has autocast on.
@@ -158,7 +169,7 @@ class GradientPass:
             by_role = inside(  # some rules read the parameters of their layer
                 plan.task,
                 self._capture.params,
-                lambda: _contributions(plan.task, calls, plan.layers, size, plan.dtype),
+                lambda: _contributions(plan, calls, size),
             )
         try:
             rows |= self._by_function(function, batch, size)
@@ -194,12 +205,20 @@ class GradientPass:
 
     def _misplaced(self, values: Tensor, calls: Sequence[Call]) -> list[str]:
         """Layers in which rows are not those of the examples they would be counted for."""
-        kind = (len(values), tuple((call.layer, tuple(call.delta.shape)) for call in calls))
-        if kind in self._placed:
+        kept = [call for call in calls if call.layer not in self.plan.scattered]
+        kind = (len(values), tuple((call.layer, tuple(call.delta.shape)) for call in kept))
+        # Where rows are routed by value, the next batch of the same shapes may have others.
+        self._is_routed |= bool(self.plan.scattered)
+        flat = any(c.delta.shape[0] != len(values) for c in kept if self.plan.layers[c.layer] == 0)
+        times = AGAIN if flat else 1
+        seen = sum((kind, k) in self._placed for k in range(times))
+        if seen == times and not self._is_routed:
             return []
-        found = misplaced(self._capture, values, calls, self.plan.layers)
+        axes = self.plan.layers
+        found = misplaced(self._capture, values, calls, axes, self.plan.scattered)
         if not found:
-            self._placed.add(kind)
+            self._placed.add((kind, seen))
+        self._is_routed |= bool(found)
         return found
 
     def _block(
@@ -277,6 +296,8 @@ def roles(plan: Plan) -> dict[str, tuple[str, ...]]:
     names = {id(p): name for name, p in model.named_parameters() if name in covered}
     found = {}
     for layer in plan.layers:
+        if layer in plan.products:
+            continue
         module = model.get_submodule(layer)
         rule = rule_for(module)
         assert rule is not None  # only layers with a rule are watched
@@ -291,19 +312,30 @@ def _parameter(module: nn.Module, role: str) -> Tensor | None:
 
 
 def misplaced(
-    capture: Capture, values: Tensor, calls: Sequence[Call], axes: Mapping[str, int]
+    capture: Capture,
+    values: Tensor,
+    calls: Sequence[Call],
+    axes: Mapping[str, int],
+    scattered: Collection[str] = (),
 ) -> list[str]:
-    """Layers, or broadcast parameters, with rows that are not those of their examples."""
+    """Layers, or broadcast parameters, with rows that are not those of their examples.
+
+    Of those in `scattered` it is not asked.
+    """
     size = len(values)
     met = capture.met_calls
-    calls, axes = [*calls, *met], {**axes, **dict.fromkeys((call.layer for call in met), 0)}
+    every, axes = [*calls, *met], {**axes, **dict.fromkeys((call.layer for call in met), 0)}
+    calls = [call for call in every if call.layer not in scattered]
     found = [c.layer for c in calls if not _has_axis(c, axes[c.layer], size)]
-    if found or size == 1 or not calls:
+    if size == 1 or len(found) == len(calls):
         return list(dict.fromkeys(found))
+    without = set(found)
+    calls = [call for call in calls if call.layer not in without]
     # By the golden ratio, so that neighbours differ and no period of the batch is met.
     steps = (torch.arange(size, dtype=torch.float64) * 0.6180339887498949 % 1.0 * 8).floor() - 4
     weights = torch.exp2(steps).to(values)
     again = [*capture.backward(values, weights), *capture.met_calls]
+    again = [call for call in again if call.layer not in {*scattered, *without}]
     for call, other in zip(calls, again, strict=True):
         examples = Examples(
             size, axes[call.layer], torch.promote_types(call.delta.dtype, torch.float32)
@@ -319,6 +351,73 @@ def misplaced(
         if bool((error > slack * (norm + slack * norm.max()) + floor).any()):
             found.append(call.layer)
     return list(dict.fromkeys(found))
+
+
+DIGITS = 16
+"""As many powers of two as a row's δ is scaled by, to tell that many examples apart at once."""
+
+
+def by_example(
+    capture: Capture, values: Tensor, calls: Sequence[Call], scattered: Collection[str]
+) -> list[Call] | None:
+    """The calls, with the rows of scattered layers put by example; None: some are not one's own.
+
+    With the loss of example i times 2^d, d a digit of i, so is the δ of each row that is its own
+    and no other's, exactly: a pass for each digit of the number of examples. A row without δ adds
+    to no gradient, and is left out.
+    """
+    size = len(values)
+    of = {k: call for k, call in enumerate(calls) if call.layer in scattered}
+    whose = {k: call.delta.new_zeros(len(call.delta), dtype=torch.long) for k, call in of.items()}
+    count = 1
+    while count < size:
+        digit = torch.arange(size, device=values.device) // count % DIGITS
+        again = capture.backward(values, torch.exp2(digit.double() - DIGITS // 2).to(values))
+        for k, call in of.items():
+            digits = _digits(call.delta, again[k].delta)
+            whose[k] += count * digits
+            if bool(((digits < 0) | (whose[k] >= size)).any()):
+                return None
+        count *= DIGITS
+    return [_put(c, whose[k], size) if k in of else c for k, c in enumerate(calls)]
+
+
+def scatters(plan: Plan) -> set[str]:
+    """The layers whose rows may lie in any order: rules that take each row by itself."""
+    rules = {layer: rule_at(plan.task.model, layer, plan.products) for layer in plan.layers}
+    return {
+        layer
+        for layer, rule in rules.items()
+        if plan.layers[layer] == 0
+        and layer not in plan.repeated
+        and not (rule is None or rule.reads)
+    }
+
+
+def _digits(once: Tensor, scaled: Tensor) -> Tensor:
+    """d of each row that was scaled by 2^(d − 8); 0 of a row of zeros, −1 where there is no d."""
+    once, scaled = once.flatten(1), scaled.flatten(1)
+    norms = torch.linalg.vector_norm(once, dim=1, dtype=torch.float64)
+    others = torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64)
+    digits = (others / norms).log2().round() + DIGITS // 2
+    factors = torch.exp2(digits - DIGITS // 2)[:, None].to(once)
+    errors = torch.linalg.vector_norm(scaled - factors * once, dim=1, dtype=torch.float64)
+    is_own = (errors <= torch.finfo(once.dtype).eps ** 0.5 * others) & (digits >= 0)
+    digits = torch.where(is_own & (digits < DIGITS), digits, -1.0)
+    return torch.where((norms == 0) & (others == 0), 0.0, digits).long()
+
+
+def _put(call: Call, whose: Tensor, size: int) -> Call:
+    """A call with its rows put by example, those of zeros left out."""
+    (rows,) = torch.where((call.delta != 0).flatten(1).any(dim=1))
+    places, count = places_of(whose[rows], size), len(whose)
+
+    def moved(x: Any) -> Any:
+        has_rows = isinstance(x, Tensor) and x.ndim > 0 and len(x) == count
+        return placed(x[rows], places) if has_rows else x
+
+    args, kwargs = tree_map(moved, (call.args, call.kwargs))
+    return Call(call.layer, args, kwargs, moved(call.delta))
 
 
 CLEARED = 8
@@ -363,22 +462,17 @@ def _has_axis(call: Call, axis: int, size: int) -> bool:
     return extent % size == 0 if axis == 0 else extent == size
 
 
-def _contributions(
-    task: Task,
-    calls: Sequence[Call],
-    axes: Mapping[str, int],
-    size: int,
-    dtype: torch.dtype,
-) -> dict[Source, list[Factors]]:
+def _contributions(plan: Plan, calls: Sequence[Call], size: int) -> dict[Source, list[Factors]]:
     """What each use of each layer adds to each parameter's gradient."""
+    task = plan.task
     found: dict[Source, list[Factors]] = {}
     for call in calls:
-        module = task.model.get_submodule(call.layer)
-        rule = rule_for(module)
+        rule = rule_at(task.model, call.layer, plan.products)
         assert rule is not None  # only layers with a rule are watched
-        examples = Examples(size, axes[call.layer], dtype)
+        module = None if call.layer in plan.products else task.model.get_submodule(call.layer)
+        examples = Examples(size, plan.layers[call.layer], plan.dtype)
         is_split = rule.reads and task.sharded is not None
-        with task.sharded.filled(module) if is_split else nullcontext():  # type: ignore[union-attr]
+        with task.sharded.filled(module) if is_split else nullcontext():  # type: ignore[union-attr,arg-type]
             contributions = rule.gradients(module, call, examples)
         for role, factors in contributions.items():
             found.setdefault(Source(call.layer, role), []).append(factors)

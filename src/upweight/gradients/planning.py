@@ -9,7 +9,7 @@ examples are taken one at a time.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -24,8 +24,15 @@ from upweight.errors import NonFinite, UnsupportedModel, UpweightError, listed
 from upweight.gradients.blocks import Block, MatrixBlock, Plan, Source, VectorBlock
 from upweight.gradients.functional import as_dense
 from upweight.gradients.hooks import Capture, as_written, inside
-from upweight.gradients.layers import Rule, rule_for
-from upweight.gradients.passes import GradientPass, NoBatchingRule, misplaced, roles
+from upweight.gradients.layers import PRODUCT, Rule, rule_at, rule_for
+from upweight.gradients.passes import (
+    GradientPass,
+    NoBatchingRule,
+    by_example,
+    misplaced,
+    roles,
+    scatters,
+)
 from upweight.task.data import Data
 from upweight.task.lent import lent
 from upweight.task.modes import require_modules
@@ -69,7 +76,8 @@ class _Planning:
         self.dtypes = frozenset({task.layout.dtype})
         self.left = {name: f"{where} has no layer rule for it" for name, where in unruled.items()}
         self.broadcast: tuple[str, ...] = ()
-        self.outside = False
+        self.products: dict[str, bool] = {}
+        self.scattered: frozenset[str] = frozenset()
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
@@ -77,18 +85,25 @@ class _Planning:
         self._drop_unused_twins()
         if self.data.form.uncut is not None:
             return self._planned_alone()
+        idle = {k: o for k, o in self.owners.items() if any(s.layer not in self.ran for s in o)}
         self._leave_where(lambda s: s.layer not in self.ran, "did not run on the examples tried")
         self._leave_where(
             lambda s: s.layer not in self.axes, "does not see the examples on one of its first axes"
         )
         for name, sources in list(self.owners.items()):
-            if len(_orientations(self.task.model, sources)) > 1:
+            if len(self._orientations(sources)) > 1:
                 self._leave(name, "one layer keeps it as [o, i] and another as [i, o]")
         bypassed, lost = self._watched()
+        also = {name: self.owners[name] for name in bypassed if name in self.owners}
         for name in bypassed:
             self._leave(name, "it is also used outside of its layers")
+        self._find_products(also)
         whole = dict(self.owners), dict(self.left)
-        self._leave_where(lambda s: s.layer in lost, "does not keep the examples in their order")
+        self._find_scattered(lost, idle)
+        self._leave_where(
+            lambda s: s.layer in lost and s.layer not in self.scattered,
+            "does not keep the examples in their order",
+        )
         self._find_broadcast()
         made = self._made()
         alone = self._no_batching_rule(made)
@@ -104,8 +119,10 @@ class _Planning:
         layers: Mapping[str, Sequence[str]],
         repeated: Mapping[str, bool],
         broadcast: Sequence[str] = (),
+        products: Sequence[str] | None = None,
     ) -> Capture:
-        return Capture(self.task, self.theta, layers, repeated, broadcast, outside=True)
+        products = tuple(self.products) if products is None else products
+        return Capture(self.task, self.theta, layers, repeated, broadcast, products=products)
 
     def _one_by_one(self, made: Plan, names: Sequence[str]) -> Plan:
         """The plan that takes examples alone, and a note of what that costs."""
@@ -169,6 +186,70 @@ class _Planning:
             ran = tuple(s for s in sources if s.layer in self.ran)
             self.owners[name] = ran or sources
 
+    def _find_products(self, also: Mapping[str, tuple[Source, ...]]) -> None:
+        """Of what is left, the parameters that the examples are multiplied with.
+
+        Args:
+            also: The layers of those that are used there as well.
+        """
+        matrices = {k for k, p in self.task.named(self.theta).items() if p.ndim in (2, 3)}
+        candidates = [name for name in self.left if name in matrices]
+        found = self._multiplied(candidates) if candidates else {}
+        for name, is_io in found.items():
+            sources = (*also.get(name, ()), Source(name, PRODUCT))
+            self.owners[name], self.axes[name], self.products[name] = sources, 0, is_io
+        bypassed, lost = self._watched() if found else ((), [])
+        for name in found:
+            if name in (*bypassed, *lost) or len(self._orientations(self.owners[name])) > 1:
+                self._leave(name, self.left[name])
+            else:
+                self.left.pop(name)
+
+    def _multiplied(self, candidates: Sequence[str]) -> dict[str, bool]:
+        """Those with the examples on the first axis of each product, and whether as [i, o]."""
+        turned: dict[str, set[bool]] = {}
+        axes: dict[str, set[int | None]] = {}
+        made = self._made()
+        with self._capture(roles(made), made.repeated, products=candidates) as capture:
+            for index in dict.fromkeys((0, len(self.data) - 1)):
+                small, large = (self._shapes(capture, index, n) for n in (PROBE - 1, PROBE))
+                for name, said in capture.turned.items():
+                    turned.setdefault(name, set()).update(said)
+                    pairs = (small.get(name, []), large.get(name, []))
+                    axes.setdefault(name, set()).update(_axes_of(*pairs))
+        return {
+            name: said.pop()
+            for name, said in turned.items()
+            if len(said) == 1 and axes[name] == {0}
+        }
+
+    def _find_scattered(
+        self, lost: Collection[str], idle: Mapping[str, tuple[Source, ...]]
+    ) -> None:
+        """Of layers that do not keep the examples in order, those in which each row tells its own.
+
+        Args:
+            lost: The layers.
+            idle: Parameters of layers that did not run: where examples are routed, others may.
+        """
+        made = self._made()
+        unknown = scatters(made) & set(lost)
+        for batch, size in self._probe() if unknown else ():
+            with self._capture(roles(made), made.repeated) as capture:
+                values = capture.watch(partial(_checked, self.task, batch=batch), size)
+                calls = capture.backward(values)
+                if by_example(capture, values, calls, unknown) is None:
+                    unknown = set()
+        self.scattered = frozenset(unknown)
+        for name, sources in idle.items() if unknown else ():
+            rules = [rule_for(self.task.model.get_submodule(s.layer)) for s in sources]
+            if name in self.left and not any(rule is None or rule.reads for rule in rules):
+                self.owners[name] = sources
+                del self.left[name]
+                for s in sources:
+                    self.axes.setdefault(s.layer, 0)
+                self.scattered |= {s.layer for s in sources} - self.ran
+
     def _find_broadcast(self) -> None:
         """Of what is left, the parameters that meet the examples by broadcasting and only so."""
         candidates = tuple(self.left)
@@ -190,7 +271,7 @@ class _Planning:
                     calls = capture.backward(values)
                     seen |= {name for m in capture.met if m.delta is not None for name in m.names}
                     wrong |= {name for name in candidates if name in capture.bypassed}
-                    wrong |= set(misplaced(capture, values, calls, made.layers))
+                    wrong |= set(misplaced(capture, values, calls, made.layers, made.scattered))
         except (RuntimeError, ValueError, IndexError, TypeError, UpweightError):
             return ()
         return tuple(name for name in candidates if name in seen - wrong)
@@ -199,6 +280,7 @@ class _Planning:
         if name in self.broadcast:
             self.broadcast = tuple(k for k in self.broadcast if k != name)
             self.left[name] = why
+        self.products.pop(name, None)
         if self.owners.pop(name, None) is not None:
             self.left[name] = why
 
@@ -239,12 +321,14 @@ class _Planning:
         left = {name: why for name, why in self.left.items() if name not in self.broadcast}
         # Alone, an example's gradient in them is that of the batch.
         notes = () if one_by_one else _notes(left)
-        made = _planned(self.task, self.owners, axes, (*notes, *self.notes), self.broadcast)
+        made = _planned(
+            self.task, self.owners, axes, (*notes, *self.notes), self.broadcast, self.products
+        )
         return dataclasses.replace(
             made,
             repeated=repeated,
+            scattered=frozenset(self.scattered & axes.keys()),
             one_by_one=one_by_one,
-            outside=self.outside,
             computes_in=self.dtypes,
         )
 
@@ -286,8 +370,10 @@ class _Planning:
         values = capture.watch(lambda p: _checked(self.task, p, batch), size)
         shapes: dict[str, list[_Shapes]] = {}
         for call in capture.backward(values):
+            if not call.delta.numel():  # no row of this example comes to the layer
+                continue
             inputs = [x.shape for x in tree_leaves((call.args, call.kwargs)) if _is_input(x)]
-            rule = rule_for(self.task.model.get_submodule(call.layer))
+            rule = rule_at(self.task.model, call.layer, dict.fromkeys(capture.turned, False))
             if rule is not None and rule.has_one_input and len(inputs) != 1:
                 inputs = [torch.Size()]  # of no axis
             shapes.setdefault(call.layer, []).append((call.delta.shape, *inputs[:1]))
@@ -312,8 +398,13 @@ class _Planning:
         found: dict[str, tuple[str, ...]] = {}
         for sources in self.owners.values():
             for s in sources:
+                if s.role == PRODUCT:
+                    continue
                 found[s.layer] = (*found.get(s.layer, ()), s.role)
         return found
+
+    def _orientations(self, sources: Sequence[Source]) -> set[bool]:
+        return _orientations(self.task.model, sources, self.products)
 
     def _watched(self) -> tuple[tuple[str, ...], list[str]]:
         """Parameters used outside of their layers; layers whose rows are not the examples'."""
@@ -323,11 +414,12 @@ class _Planning:
             for batch, size in self._probe():
                 values = capture.watch(partial(_checked, self.task, batch=batch), size)
                 self.dtypes |= dtypes_in(partial(self.task.call, self.theta, batch))
-                self.outside |= bool(capture.outside)
                 calls = capture.backward(values)
                 bypassed |= dict.fromkeys(capture.bypassed)
                 self.dtypes |= {values.dtype, *(c.delta.dtype for c in calls)}
-                lost |= dict.fromkeys(misplaced(capture, values, calls, made.layers))
+                lost |= dict.fromkeys(
+                    misplaced(capture, values, calls, made.layers, made.scattered)
+                )
         return tuple(bypassed), list(lost)
 
 
@@ -408,13 +500,12 @@ def _planned(
     axes: Mapping[str, int],
     notes: tuple[str, ...],
     broadcast: tuple[str, ...],
+    products: Mapping[str, bool],
 ) -> Plan:
     """Blocks for the parameters whose layers have rules, and for the rest."""
     layout = task.layout
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    rules = {
-        s.layer: rule_for(task.model.get_submodule(s.layer)) for o in owners.values() for s in o
-    }
+    rules = {s.layer: rule_at(task.model, s.layer, products) for o in owners.values() for s in o}
     biases = _joined_biases(owners, rules)
     blocks: list[Block] = []
     sources: dict[str, tuple[Source, ...]] = {}
@@ -424,9 +515,9 @@ def _planned(
             continue
         where = owners.get(name)
         if where is not None and len(shapes[name]) > 1 and _has_factors(where, rules):
-            turned = _orientations(task.model, where) == {True}
+            turned = _orientations(task.model, where, products) == {True}
             made, of = _matrix_blocks(
-                task.model, name, biases.get(name), shapes[name], where, turned
+                task.model, name, biases.get(name), shapes[name], where, turned, products
             )
             blocks.extend(made)
             sources.update(of)
@@ -449,6 +540,9 @@ def _planned(
         tuple(name for name in layout.names if name not in owners and name not in broadcast),
         notes,
         broadcast=broadcast,
+        products={
+            name: products[name] for name in layout.names if name in axes and name in products
+        },
     )
 
 
@@ -475,9 +569,11 @@ def _has_factors(sources: Sequence[Source], rules: Mapping[str, Rule | None]) ->
     return all(rule is not None and rule.has_factors for rule in (rules[s.layer] for s in sources))
 
 
-def _orientations(model: nn.Module, sources: Sequence[Source]) -> set[bool]:
+def _orientations(
+    model: nn.Module, sources: Sequence[Source], products: Mapping[str, bool]
+) -> set[bool]:
     """Whether the layers that use a weight keep it transposed."""
-    rules = [rule_for(model.get_submodule(s.layer)) for s in sources]
+    rules = [rule_at(model, s.layer, products) for s in sources]
     return {rule is not None and rule.is_transposed for rule in rules}
 
 
@@ -488,10 +584,12 @@ def _matrix_blocks(
     shape: tuple[int, ...],
     where: tuple[Source, ...],
     is_transposed: bool,
+    products: Mapping[str, bool],
 ) -> tuple[list[Block], dict[str, tuple[Source, ...]]]:
     """A block for a weight, or one for each group of a convolution or each expert."""
-    module = model.get_submodule(where[0].layer)
-    rule = rule_for(module)
+    at = where[0].layer
+    rule = rule_at(model, at, products)
+    module = None if at in products else model.get_submodule(at)
     if rule is not None and rule.is_stacked and len(shape) == 3:
         groups, *rest = shape
         size, inputs = reversed(rest) if is_transposed else rest

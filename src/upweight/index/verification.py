@@ -8,14 +8,17 @@ from torch import Tensor
 
 from upweight.evaluation.metrics import rank_correlation
 
+UNCORRELATED = "it needs several examples whose scores differ"
+
 
 @dataclass(frozen=True)
 class Verification:
     """Means over the queries, each over the same examples. Kept with the index, as JSON.
 
     Args:
-        spearman: Rank correlation of the products with the scores.
-        pearson: Linear correlation.
+        spearman: Rank correlation of the products with the scores; None where there is none, as of
+            one example, or of scores that are all alike.
+        pearson: Linear correlation; None likewise.
         slope: Σ ŜS / Σ S², of all of them: 1 where the products have the size of the scores.
         recall: Of the k largest |S| of a query, how many are among the k largest |Ŝ|.
         k: That k.
@@ -23,8 +26,8 @@ class Verification:
         rows: What the index held then.
     """
 
-    spearman: float
-    pearson: float
+    spearman: float | None
+    pearson: float | None
     slope: float
     recall: float
     k: int
@@ -33,10 +36,13 @@ class Verification:
     rows: int
 
     def __str__(self) -> str:
+        if self.spearman is None or self.pearson is None:
+            correlated = f"no correlation ({UNCORRELATED})"
+        else:
+            correlated = f"Spearman {self.spearman:.3f}, Pearson {self.pearson:.3f}"
         return (
             f"products against scores of {self.queries} queries and {self.examples} examples: "
-            f"Spearman {self.spearman:.3f}, Pearson {self.pearson:.3f}, slope {self.slope:.3f}, "
-            f"recall@{self.k} {self.recall:.2f}"
+            f"{correlated}, slope {self.slope:.3f}, recall@{self.k} {self.recall:.2f}"
         )
 
 
@@ -45,7 +51,7 @@ def verification(
 ) -> Verification:
     """Of products Ŝ and scores S.
 
-    A query whose scores are all alike has no correlation and is left out; where all are, it is 0.
+    A query whose scores or products are all alike has no correlation and is left out.
     """
     x, y = products.double(), scores.double()
     q, m = y.shape
@@ -69,6 +75,6 @@ def verification(
     )
 
 
-def _mean(values: list[Tensor]) -> float:
+def _mean(values: list[Tensor]) -> float | None:
     known = [float(v) for v in values if bool(v.isfinite())]
-    return sum(known) / len(known) if known else 0.0
+    return sum(known) / len(known) if known else None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -121,11 +122,47 @@ class Eigen(SymmetricOperator):
         return floor
 
 
-def eigenbasis(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+TIED = 64
+"""How many ε of themselves two eigenvalues may be apart that are equal but for rounding."""
+
+
+def eigenbasis(
+    matrix: Float[Tensor, "d d"], dtype: torch.dtype | None = None
+) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """Eigenvalues and eigenvectors of a symmetric matrix, decomposed in float64 on the CPU.
 
-    In float32 the small eigenvalues of a covariance, which damping is compared to, are noise.
+    In float32 the small eigenvalues of a covariance, which damping is compared to, are noise. Of
+    equal ones (of words that a text has as often as others) any basis of their space would do, and
+    rounding would choose: it is that of a fixed diagonal matrix within the space.
+
+    Args:
+        matrix: Its entries.
+        dtype: What they were computed in, by whose ε eigenvalues are equal; None: its own.
     """
     values, vectors = torch.linalg.eigh(matrix.double().cpu())
     # LAPACK's are stored by columns; in one layout, products round the same whatever the source.
-    return values.to(matrix.device), vectors.to(matrix.device).contiguous()
+    vectors = _settled(values, vectors.contiguous(), dtype or matrix.dtype)
+    return values.to(matrix.device), vectors.to(matrix.device)
+
+
+def _settled(
+    values: Float[Tensor, " d"], vectors: Float[Tensor, "d d"], dtype: torch.dtype
+) -> Float[Tensor, "d d"]:
+    """The eigenvectors, with one basis for each run of equal eigenvalues above zero."""
+    d, eps = len(values), torch.finfo(values.dtype).eps
+    if d < 2 or not bool(values.isfinite().all()):
+        return vectors
+    largest = float(values.abs().max())
+    slack = torch.finfo(dtype).eps * values[1:]
+    is_equal = (values.diff() <= TIED * slack) & (values[:-1] > d * eps * largest)
+    runs = F.pad((~is_equal).cumsum(0), (1, 0))
+    counts = torch.unique_consecutive(runs, return_counts=True)[1]
+    weights, stop = torch.arange(1, d + 1, dtype=values.dtype).cos(), 0
+    for count in counts.tolist():
+        start, stop = stop, stop + count
+        own = vectors[:, start:stop]
+        # Unit vectors, as of a diagonal matrix, are that basis.
+        if count > 1 and not bool((own.abs().amax(dim=0) > 1 - d * eps).all()):
+            _, turn = torch.linalg.eigh(own.mT @ (weights[:, None] * own))
+            vectors[:, start:stop] = own @ turn
+    return vectors

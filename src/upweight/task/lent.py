@@ -148,6 +148,28 @@ def without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@contextmanager
+def unconverted() -> Iterator[None]:
+    """`module.to(dtype)` in a forward (a router's, of Switch Transformers) is an error in here.
+
+    It writes to parameters, which stand for several examples inside of `torch.func.vmap`: PyTorch
+    would end the process by a fault of memory.
+    """
+    own: Any = nn.Module._apply
+    inside: Any = torch._C._functorch.maybe_current_level
+
+    def refused(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if inside() is None:  # another thread's
+            return own(module, *args, **kwargs)
+        raise RuntimeError(f"{type(module).__name__} is converted within the model's forward")
+
+    nn.Module._apply = refused  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = own  # type: ignore[method-assign]
+
+
 def _has_weight_norm(module: nn.Module) -> bool:
     if type(module).__name__ == "_WeightNorm":  # of torch.nn.utils.parametrizations
         return True

@@ -75,15 +75,17 @@ def shifts_labels(model: nn.Module) -> bool:
 
 
 def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs, and a word to keep no cache where positions alone tell sequences apart.
+    """The inputs, and a word to keep no cache where it would do harm.
 
-    A row may hold several, each with `position_ids` from 0 on. Models of `transformers` keep their
-    attention apart where there is no attention mask and no cache, as in training.
+    A row may hold several sequences, each with `position_ids` from 0 on. Models of `transformers`
+    keep their attention apart where there is no attention mask and no cache, as in training. And
+    models that take a `state` (RWKV) write the next one over what a gradient needs.
     """
-    if "position_ids" not in inputs or "attention_mask" in inputs or "use_cache" in inputs:
-        return inputs
     takes = inspect.signature(bare(model).forward).parameters
-    return {**inputs, "use_cache": False} if "use_cache" in takes else inputs
+    by_positions = "position_ids" in inputs and "attention_mask" not in inputs
+    if "use_cache" in inputs or "use_cache" not in takes or not (by_positions or "state" in takes):
+        return inputs
+    return {**inputs, "use_cache": False}
 
 
 def _called(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
