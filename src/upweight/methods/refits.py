@@ -202,7 +202,7 @@ class _RefitScorer(Scorer):
         if isinstance(spec, LeaveOneOut):
             said = f"each score is the effect of one removal, measured over {found} trainings"
             alone = "they are of one seed, and how much of them is training noise is not known"
-            told = {"against_sizes": alone if self.is_seeded and len(self.thetas) == 1 else ""}
+            told = {"against_sizes": alone if self.is_seeded and len(self.runs) == 1 else ""}
         else:
             share = percent(spec.fraction)
             told = {"against_sizes": f"they are of removals from {share} of the data"}
