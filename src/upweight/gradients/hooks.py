@@ -328,6 +328,8 @@ class Capture:
                 return output
             if self._taken and self._taken[-1][0] is module:
                 for owner, last, value in self._taken.pop()[1]:
+                    # Of a split model it holds the whole weight.
+                    self._constants.pop(id(owner._parameters[last]), None)
                     owner._parameters[last] = value
             if output is None:  # the layer raised, or a checkpoint has run as far as it needs
                 return output
