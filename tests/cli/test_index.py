@@ -18,7 +18,6 @@ from upweight.cli.main import cli
 from upweight.cli.opened_index import opened_index
 from upweight.cli.spec import parse
 from upweight.runs.indexed import IndexRecord
-from upweight.runtime.ranks import LAUNCHED
 from upweight.view.overlap import copied
 from upweight.view.search import Search, SearchServer
 
@@ -309,11 +308,3 @@ def test_a_folder_that_is_no_model_of_transformers_is_refused(place, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(UnsupportedModel, match=said):
             from_folder(tmp_path)
-
-
-def test_processes_of_a_launcher_are_told_how_a_build_is_shared(monkeypatch):
-    for name in LAUNCHED:
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    found = CliRunner().invoke(cli, ["index", "build", "--plan"])
-    assert found.exit_code == 2 and "started by itself with the same --out" in found.output

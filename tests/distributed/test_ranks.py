@@ -149,6 +149,22 @@ def test_torchrun_writes_the_files_of_one_process(project, alone):
     Run(project / "run").open()
 
 
+def test_torchrun_builds_the_index_of_one_process_and_asks_it_of_one(project):
+    build = ["index", "build", "project.py:task", "--train", "project.py:train", "--bytes", "64"]
+    done = CliRunner().invoke(cli, [*build, "--out", "alone"])
+    assert done.exit_code == 0, done.output
+    together = torchrun(project, 2, "-m", "upweight", *build, "--out", "index")
+    assert together.returncode == 0, together.stderr
+    assert numbers(project / "index") == numbers(project / "alone")
+    assert together.stdout.count("403 rows of") == 1  # rank 0 speaks for all
+    top = ["index", "top", "index", "--project", "project.py", "--queries", "project.py:test"]
+    asked = CliRunner().invoke(cli, top)
+    assert asked.exit_code == 0, asked.output
+    refused = torchrun(project, 2, "-m", "upweight", *top)
+    assert refused.returncode != 0
+    assert "index top is the work of one process" in refused.stderr
+
+
 def test_ranks_that_call_from_python_build_one_index(project):
     (project / "index.py").write_text(INDEX)
     with ranks(project, 2, "index.py") as both:

@@ -31,9 +31,11 @@ from upweight.index.index import BITS, Index
 from upweight.index.verification import UNCORRELATED
 from upweight.methods.method import Method
 from upweight.runs.forecast import IndexForecast, index_forecast
-from upweight.runs.indexed import IndexRecord
+from upweight.runs.indexed import FACTORS, IndexRecord
 from upweight.runs.record import relative_to
 from upweight.runtime.atomic import make_folder
+from upweight.runtime.ranks import launched, launched_as
+from upweight.runtime.resources import Resources
 from upweight.runtime.selection import spaced
 from upweight.runtime.store import FINISHED
 from upweight.runtime.versions import library_versions
@@ -130,7 +132,8 @@ def build(
     """Make the rows of every training example.
 
     The examples are those that the model was trained on: the method is fitted to them. What it
-    would take is said first, from a few of them. If interrupted, the same command resumes.
+    would take is said first, from a few of them. If interrupted, the same command resumes. Under
+    torchrun all processes share the work, and the files are the same.
 
     \b
     Examples:
@@ -162,7 +165,7 @@ def build(
         how = method_of(method, model.project)
         begun = out is not None and any(out.glob("*.safetensors"))
         expected = None
-        if plan or not begun:
+        if plan or not (begun or launched_as()[0]):
             expected = index_forecast(model.task, examples, how, bytes_per_example, bits)
         if plan:
             assert expected is not None
@@ -390,13 +393,19 @@ def _built(
     out: Path, record: IndexRecord, method: Method, model: Model, examples: Data, shards: str
 ) -> Index:
     typed = "the same `upweight index build …`"
-    with continued_by(typed):
-        fitted = fitted_in(out, method, model, examples)
+    with continued_by(typed), launched() as ranks:
+        if ranks.size > 1:
+            make_folder(out / FACTORS)
+            together = Resources(folder=out / FACTORS, group=ranks.group)
+            method.fit(model.task, examples, resources=together)
+            ranks.require_same([len(examples)], "the number of examples")
+        fitted = fitted_in(out, method, model, examples)  # by ranks: from what they have kept
         made = Index.build(
             fitted, examples, out, record.bytes_per_example, bits=record.bits,
             source=record.sources[0].name, shards=shards,
         )  # fmt: skip
-        record.write(out)
+        if ranks.rank == 0:
+            record.write(out)
     return made
 
 
@@ -437,6 +446,11 @@ def _own_queries(found: OpenedIndex, examples: int) -> tuple[Data, list[int]]:
 def _asked(
     name: str, folder: Path, named: dict[str, Any], words: Sequence[str]
 ) -> Iterator[OpenedIndex]:
+    if launched_as()[1] > 1:
+        raise click.UsageError(
+            f"index {name} is the work of one process; torchrun started several, which share "
+            "`index build` only"
+        )
     typed = _typed(name, folder, {**named, "hf": None, "projects": ()}, words)
     with opened_index(
         folder, named["projects"], named["hf"], named["given"], named["device"], typed

@@ -26,8 +26,8 @@ VERBS = {
 """Verbs in the order of use: in which module each is, and the first line of its help."""
 
 
-BY_RANKS = {"attribute"}
-"""Verbs that several processes of torchrun share."""
+BY_RANKS = {"attribute", "index"}
+"""Verbs that several processes of torchrun share; of `index` the build."""
 
 
 class Verbs(click.Group):
@@ -58,15 +58,9 @@ def _require_shared(name: str) -> None:
     """Refuse to do the work of one process in each process of a launcher."""
     ranks = importlib.import_module("upweight.runtime.ranks")  # loaded with the verb
     if name not in BY_RANKS and ranks.launched_as()[1] > 1:
-        way = ""
-        if name == "index":
-            way = (
-                "; several of the same `upweight index build …`, each started by itself with the "
-                "same --out, share a build"
-            )
         raise click.UsageError(
             f"{name} is the work of one process; torchrun started several, which share "
-            f"{', '.join(sorted(BY_RANKS))} only{way}"
+            "`attribute` and `index build` only"
         )
 
 
