@@ -33,6 +33,7 @@ from unseen import judged
 
 import upweight as uw
 from upweight.front.choice import LEARNED
+from upweight.linalg.eigen import Eigen
 from upweight.training import retrain, subset_weights
 
 HERE = Path(__file__).resolve().parent
@@ -156,7 +157,7 @@ def measured(net: Network) -> dict[str, Any]:
         "mean": mean,
         "tenth": mean / 10,
         "largest": float(values[-1]) / 100,
-        "evidence": evidence(values, n, float(theta.square().sum())),
+        "evidence": uw.Evidence().of(Eigen((None,), values), theta, n),
     }
     judgement = judged(by_layer.values, weights, truth)
     return {
@@ -177,16 +178,6 @@ def gradients(task: uw.Task, theta: Tensor, X: Tensor, y: Tensor) -> Tensor:
 
     found: Tensor = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(theta, X, y)
     return found
-
-
-def evidence(values: Tensor, n: int, squared: float) -> float:
-    """The root of λ n ‖θ‖² = Σ Λ/(Λ + λ), by bisection."""
-    low, high = 0.0, len(values) / (n * squared)
-    for _ in range(200):
-        middle = (low + high) / 2
-        too_large = middle * n * squared > float((values / (values + middle)).sum())
-        low, high = (low, middle) if too_large else (middle, high)
-    return high
 
 
 def main() -> None:

@@ -25,7 +25,16 @@ from upweight.cli.opened_index import (
 )
 from upweight.cli.project import opened
 from upweight.cli.question import NAMES, with_training_data
-from upweight.cli.screen import Answer, continued_by, duration, say, size, table, verb
+from upweight.cli.screen import (
+    Answer,
+    continued_by,
+    duration,
+    require_one_process,
+    say,
+    size,
+    table,
+    verb,
+)
 from upweight.errors import DataError, SpecError
 from upweight.index.index import BITS, Index
 from upweight.index.verification import UNCORRELATED
@@ -446,11 +455,7 @@ def _own_queries(found: OpenedIndex, examples: int) -> tuple[Data, list[int]]:
 def _asked(
     name: str, folder: Path, named: dict[str, Any], words: Sequence[str]
 ) -> Iterator[OpenedIndex]:
-    if launched_as()[1] > 1:
-        raise click.UsageError(
-            f"index {name} is the work of one process; torchrun started several, which share "
-            "`index build` only"
-        )
+    require_one_process(f"index {name}")
     typed = _typed(name, folder, {**named, "hf": None, "projects": ()}, words)
     with opened_index(
         folder, named["projects"], named["hf"], named["given"], named["device"], typed

@@ -40,7 +40,8 @@ class Verbs(click.Group):
         if cmd_name not in VERBS:
             return None
         found = getattr(importlib.import_module(f"upweight.cli.{VERBS[cmd_name][0]}"), cmd_name)
-        _require_shared(cmd_name)
+        if cmd_name not in BY_RANKS:  # the module was loaded with the verb
+            importlib.import_module("upweight.cli.screen").require_one_process(cmd_name)
         assert isinstance(found, click.Command)
         return found
 
@@ -52,16 +53,6 @@ class Verbs(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
-
-
-def _require_shared(name: str) -> None:
-    """Refuse to do the work of one process in each process of a launcher."""
-    ranks = importlib.import_module("upweight.runtime.ranks")  # loaded with the verb
-    if name not in BY_RANKS and ranks.launched_as()[1] > 1:
-        raise click.UsageError(
-            f"{name} is the work of one process; torchrun started several, which share "
-            "`attribute` and `index build` only"
-        )
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})

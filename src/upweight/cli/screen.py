@@ -52,6 +52,15 @@ class Failed(click.ClickException):
         click.echo(plain(self.message), err=True)
 
 
+def require_one_process(name: str) -> None:
+    """Refuse to do the work of one process in each process of a launcher."""
+    if launched_as()[1] > 1:
+        raise click.UsageError(
+            f"{name} is the work of one process; torchrun started several, which share "
+            "`attribute` and `index build` only"
+        )
+
+
 def verb(function: Callable[..., Answer]) -> Callable[..., None]:
     """Give a verb its two last options, and print what it answers or what went wrong."""
 

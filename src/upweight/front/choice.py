@@ -225,16 +225,10 @@ def _ends_seconds(f: Facts, halves: int) -> float:
     return f.half_seconds + halves * (f.half_seconds + _ekfac_seconds(f))
 
 
-def _stacked_bytes(f: Facts, halves: int) -> float:
-    """A q × n matrix by layer of each segment, of a member and of the sum; and what fits hold."""
-    predictors = (SEGMENTS + 2) * f.layers * f.queries * f.examples
-    return 8.0 * (predictors + halves * SEGMENTS * f.parameters)
-
-
-def _ends_bytes(f: Facts, halves: int) -> float:
-    """A q × n matrix by layer of each damping, of a member and of the sum; and what fits hold."""
-    predictors = (len(DAMPINGS) + 2) * f.layers * f.queries * f.examples
-    return 8.0 * (predictors + halves * 2 * f.parameters)
+def _stacked_bytes(f: Facts, halves: int, methods: int, kept: int) -> float:
+    """A q × n matrix by layer of each method, of a member and of the sum; `kept` · p per half."""
+    predictors = (methods + 2) * f.layers * f.queries * f.examples
+    return 8.0 * (predictors + halves * kept * f.parameters)
 
 
 def _matrix(f: Facts) -> float:
@@ -256,15 +250,20 @@ def _usual(f: Facts) -> Damping:
     return Relative(1.0) if f.labels is None else Absolute(float(f"{LEARNED * f.labels:.2g}"))
 
 
+def _halves(f: Facts) -> bool:
+    """Whether models of halves may be stacked, where it is known how to train them."""
+    return f.likelihood and f.by_query and f.budget_seconds > PATIENCE
+
+
 def _stacked_row(halves: int) -> Row:
     return Row(
         f"stacked over {halves} halves",
         lambda f: stacked(halves),
-        lambda f: f.recipe and f.likelihood and f.by_query and f.budget_seconds > PATIENCE,
+        lambda f: f.recipe and _halves(f),
         f"the budget allows {halves} trainings on halves of the data, which say how scores combine "
         "and how large they are",
         lambda f: _stacked_seconds(f, halves),
-        lambda f: _stacked_bytes(f, halves),
+        lambda f: _stacked_bytes(f, halves, SEGMENTS, SEGMENTS),
         f"upweight stacked SOURCE, {halves} halves",
     )
 
@@ -273,11 +272,11 @@ def _ends_row(halves: int) -> Row:
     return Row(
         f"stacked over the ends of {halves} halves",
         lambda f: stacked_ends(halves),
-        lambda f: f.function and f.likelihood and f.by_query and f.budget_seconds > PATIENCE,
+        lambda f: f.function and _halves(f),
         f"the budget allows {halves} trainings on halves of the data by a function, which say how "
         "scores combine and how large they are",
         lambda f: _ends_seconds(f, halves),
-        lambda f: _ends_bytes(f, halves),
+        lambda f: _stacked_bytes(f, halves, len(DAMPINGS), 2),
     )
 
 
