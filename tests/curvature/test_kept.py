@@ -98,3 +98,10 @@ def test_what_does_not_fit_is_not_kept(damping, fitted):
     found, again = fitted(name, int(0.3 * held(name)), damping)
     assert_equal(found, expected)
     assert again == twice
+
+
+def test_slices_of_the_data_count_for_nothing(fitted):
+    name = "mlp_float32"
+    _, twice = fitted(name, 0)
+    _, once = fitted(name, held(name))
+    assert twice - once == batches(name)

@@ -6,7 +6,7 @@ import torch
 from tests.market import draw
 from upweight.gradients.convolved import Convolved, Window
 from upweight.gradients.factored import (
-    Extendable,
+    Extended,
     Formed,
     Joined,
     Lookups,
@@ -38,11 +38,9 @@ def formed():
     return Formed(draw(torch.Generator().manual_seed(0), 5, 3, 4))
 
 
-def extendable():
+def extended():
     g = torch.Generator().manual_seed(0)
-    extended = draw(g, 5, 2, 9)
-    extended[..., -1] = 1.0
-    return Extendable(draw(g, 5, 2, 7), extended)
+    return Extended(draw(g, 5, 2, 7), draw(g, 5, 2, 8))
 
 
 def convolved(dtype=torch.float64, b=5, k=1):
@@ -59,7 +57,7 @@ def joined():
 OTHERS = {
     "lookups": lambda: lookups(9),
     "formed": formed,
-    "extendable": extendable,
+    "extended": extended,
     "joined": joined,
     "convolved": convolved,
     "convolved several": lambda: convolved(k=2),
@@ -79,6 +77,16 @@ def full(factors):
 
 def test_matrices(factors, full):
     torch.testing.assert_close(factors.matrices(), full, **EXACT)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_form_writes_the_matrices(factors, full, has_bias):
+    out, bias = torch.empty_like(full), full.new_empty(full.shape[:2])
+    given = factors.with_ones() if has_bias else factors
+    given.form(out, bias if has_bias else None)
+    torch.testing.assert_close(out, full, **EXACT)
+    if has_bias:
+        torch.testing.assert_close(bias, factors.left.sum(dim=1), **EXACT)
 
 
 def test_total(factors, full):

@@ -362,7 +362,7 @@ def test_scores_do_not_depend_on_which_losses_are_known():
     with torch.no_grad():
         expected = nn.functional.cross_entropy(task.model(X), y, reduction="none")
     torch.testing.assert_close(before.losses, expected)
-    assert "of 32 examples" in repr(later) and "of 32 examples" not in repr(before)
+    assert "of 20 examples" in repr(later) and "of 20 examples" not in repr(before)
     found, other = (fitted.attribute((X[:3], y[:3])) for fitted in (later, before))
     assert found.values.equal(other.values)
     assert found.provenance.health == other.provenance.health

@@ -60,6 +60,20 @@ def test_explicit(positions, chunk, monkeypatch):
     close(added(Explicit(V), factors), products(V, factors))
 
 
+@pytest.mark.parametrize("chunk", [1, 200, 2**30])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_explicit_with_a_bias_of_its_own(positions, chunk, monkeypatch):
+    """Several batches, some of them formed whole."""
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", chunk)
+    V, given = draw(Q, O, I + 1, seed=3), tokens(positions).with_ones()
+    expected = torch.einsum("qoi,boi->qb", V, given.matrices())
+    kernel, found = Explicit(V[..., :-1], V[..., -1]), torch.zeros(Q, 2 * B)
+    kernel.add_all(found, [given.take(slice(0, 2)), given.take(slice(2, B)), given.compact()])
+    close(found, torch.cat([expected, expected], dim=1))
+    close(added(Explicit(V), given), expected)
+    assert kernel.nbytes == Explicit(V).nbytes
+
+
 def test_explicit_of_an_embedding():
     """Lookups, whose left factors are one-hot and never formed."""
     index = torch.randint(O, (B, 3), generator=torch.Generator().manual_seed(0))

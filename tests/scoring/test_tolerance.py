@@ -101,6 +101,25 @@ def test_bfloat16_is_used_only_where_the_hardware_has_it(able, monkeypatch):
     assert float(error.square().mean().sqrt()) <= RMS * 0.05
 
 
+@pytest.mark.parametrize("able", [False, True])
+def test_where_nothing_can_be_approximated_nothing_is_tried(able, monkeypatch):
+    """Many positions of small layers are multiplied in full; no example is run to judge that."""
+    monkeypatch.setattr("upweight.scoring.stream.has_fast_bfloat16", lambda device: able)
+    g = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).float()
+    X, y = torch.randn(200, 12, 4, generator=g).float(), torch.randint(2, (200, 12), generator=g)
+    rows, found = [], []
+    model.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    fitted = uw.Influence(uw.EKFAC(), damping=0.1).fit(uw.Task(model, uw.CrossEntropy()), (X, y))
+    for tolerance in (0.05, 0.0):
+        rows.clear()
+        scores = at(fitted, tolerance).attribute((X[:5], y[:5]))
+        found.append((sum(rows), scores.values))
+    (tried, approximate), (least, exact) = found
+    assert (tried > least) == able
+    torch.testing.assert_close(approximate, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+
+
 def test_the_strongest_examples_stay_where_they_are():
     """At the default tolerance nine of ten of the top ten are the same; observed 0.99."""
     method, queries, exact = fitted(torch.float32, 0.0)

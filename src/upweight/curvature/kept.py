@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from upweight._typing import Batch
 from upweight.curvature.estimators import TRIAL, Estimator
 from upweight.gradients.factored import Factors, Tokens
 
@@ -44,9 +47,16 @@ class Kept:
         self._examples, self._budget = examples, budget
         self._batches: dict[int, _Batch] = {}
         self._held: dict[int, int] = {}
+        self._lent: set[int] = set()
         self._gradients = 0
         self.is_open = bool(self._readers)
         self._is_short = False
+
+    def spare(self, batch: Batch) -> None:
+        """What a batch is a slice of, the data, is there whether its gradients are kept or not."""
+        for x in tree_leaves(batch):
+            if isinstance(x, Tensor) and x.untyped_storage().nbytes() > x.nbytes:
+                self._lent.add(x.untyped_storage().data_ptr())
 
     def add(self, start: int, factors: Parts) -> None:
         """Gradients of the batch that starts at `start`, with one label each."""
@@ -67,11 +77,12 @@ class Kept:
             parts[k] = part.rounded(torch.bfloat16) if batch.is_short else part.compact()
         batch.groups.append(parts)
         self._gradients += len(next(iter(parts.values())))
-        # By the memory behind them: views of the data, say, are held once.
+        # By the memory behind them: what two of them are views of is held once.
         for part in parts.values():
             for x in part.tensors:
                 storage = x.untyped_storage()
-                self._held[storage.data_ptr()] = storage.nbytes()
+                if storage.data_ptr() not in self._lent:
+                    self._held[storage.data_ptr()] = storage.nbytes()
         if self._bytes > self._budget:
             self.clear()
 

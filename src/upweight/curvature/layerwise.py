@@ -471,6 +471,7 @@ class _Passes:
         stop = start + size
         batch = task.to_device(self.data.batch(start, stop))
         places = self.data.places(start, stop)
+        self.kept.spare(batch)
 
         def heads(outputs: Tensor, targets: Any) -> Iterator[Head]:
             if stage == 0 and self.watch is not None:

@@ -102,7 +102,7 @@ class Tokens:
 
     def with_ones(self) -> "Tokens":
         """right extended by a 1, whose column of gᵢ is the bias's gradient."""
-        return Tokens(self.left, extended(self.right))
+        return Extended(self.left, self.right)
 
     def matrices(self) -> Float[Tensor, "b o i"]:
         """gᵢ in full."""
@@ -110,13 +110,23 @@ class Tokens:
             return self.left[:, 0, :, None] * self.right[:, 0, None, :]
         return self.left.mT @ self.right
 
+    def form(self, out: Float[Tensor, "b o i"], bias: Float[Tensor, "b o"] | None) -> None:
+        """gᵢ written to `out`, its last column to `bias` where there is one."""
+        if bias is None and self.positions > 1 and type(self) is Tokens:
+            torch.bmm(self.left.mT, self.right, out=out)
+            return
+        full = self.matrices()
+        out.copy_(full if bias is None else full[..., :-1])
+        if bias is not None:
+            bias.copy_(full[..., -1])
+
     def total(self) -> Float[Tensor, "o i"]:
         """Σᵢ gᵢ."""
         return self.left.flatten(0, 1).mT @ self.right.flatten(0, 1)
 
     def squared_norm(self) -> Float[Tensor, " b"]:
         """‖gᵢ‖², by inner products over pairs of positions or from gᵢ, whichever takes less."""
-        t, o, i = self.positions, self.left.shape[2], self.right.shape[2]
+        t, o, i = self.positions, self.left.shape[2], self.width
         if t * (o + i) < o * i:
             pairs = (self.left @ self.left.mT) * (self.right @ self.right.mT)
             return pairs.sum(dim=(1, 2))
@@ -201,18 +211,69 @@ class Formed(Tokens):
         return self
 
 
-class Extendable(Tokens):
-    """Tokens whose right has the 1 behind it in memory already: extending them copies nothing."""
+class Extended(Tokens):
+    """Tokens with a 1 behind each row of right, which most products of them need not write out.
 
-    def __init__(self, left: Float[Tensor, "b t o"], extended: Float[Tensor, "b t j"]) -> None:
+    Rows of a power of two and one more numbers make slow products.
+
+    Args:
+        left: As of tokens.
+        inputs: right without the 1.
+    """
+
+    def __init__(self, left: Float[Tensor, "b t o"], inputs: Float[Tensor, "b t j"]) -> None:
         object.__setattr__(self, "left", left)
-        object.__setattr__(self, "right", extended[..., :-1])
-        object.__setattr__(self, "extended", extended)
+        object.__setattr__(self, "inputs", inputs)
 
-    extended: Float[Tensor, "b t j"]
+    inputs: Float[Tensor, "b t j"]
 
-    def with_ones(self) -> Tokens:
-        return Tokens(self.left, self.extended)
+    @cached_property
+    def right(self) -> Float[Tensor, "b t i"]:  # type: ignore[override]
+        """With the 1."""
+        return extended(self.inputs)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        held = (self.left, self.inputs)
+        return (*held, self.right) if "right" in self.__dict__ else held
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inputs.dtype
+
+    @property
+    def positions(self) -> int:
+        return self.inputs.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.inputs.shape[2] + 1
+
+    def form(self, out: Float[Tensor, "b o i"], bias: Float[Tensor, "b o"] | None) -> None:
+        if bias is None:
+            super().form(out, None)
+            return
+        Tokens(self.left, self.inputs).form(out, None)
+        torch.sum(self.left, dim=1, out=bias)
+
+    def projected(self, left: Float[Tensor, "o k"], right: Float[Tensor, "i l"]) -> Tokens:
+        flat = torch.addmm(right[-1], self.inputs.flatten(0, 1), right[:-1])
+        return Tokens(self.left @ left, flat.reshape(*self.inputs.shape[:2], right.shape[1]))
+
+    def absolute(self) -> "Extended":
+        return Extended(self.left.abs(), self.inputs.abs())
+
+    def take(self, index: Int[Tensor, " k"] | slice) -> "Extended":
+        return Extended(self.left[index], self.inputs[index])
+
+    def scaled(self, by: Float[Tensor, " b"]) -> "Extended":
+        return Extended(self.left * by[:, None, None], self.inputs)
+
+    def to(self, dtype: torch.dtype) -> "Extended":
+        return Extended(self.left.to(dtype), self.inputs.to(dtype))
 
 
 class Lookups(Tokens):

@@ -33,14 +33,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from upweight.gradients.convolved import Convolved, Window
 from upweight.gradients.factored import (
-    Extendable,
     Factors,
     Lookups,
     Rows,
     Summed,
     Tokens,
     any_nonzero,
-    extended,
 )
 from upweight.gradients.hooks import Call
 from upweight.task.lent import with_backward_pass
@@ -126,10 +124,8 @@ def _own(*names: str) -> Callable[[nn.Module], tuple[str, ...]]:
 
 def _linear(module: nn.Module, call: Call, examples: Examples) -> Contributions:
     left = examples.tokens(call.delta)
-    if module.bias is None:
-        return {"weight": Tokens(left, examples.tokens(_input(call)))}
-    right = call.once("extended", lambda: extended(examples.tokens(_input(call))))
-    return {"weight": Extendable(left, right), "bias": Summed(left)}
+    right = call.once("tokens", lambda: examples.tokens(_input(call)))
+    return {"weight": Tokens(left, right), "bias": Summed(left)}
 
 
 def _embedding_parameters(module: nn.Embedding) -> tuple[str, ...]:

@@ -63,6 +63,10 @@ class TrainingLosses:
         require_own_losses(self._task, self._data, self._probe, losses, ROLE)
         self._values, self._is_whole = losses, True
 
+    def set_some(self, places: list[int], losses: Float[Tensor, " k"]) -> None:
+        """What a pass over some of them found, after its checks."""
+        self._put(places, losses)
+
     def look(self, start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
         """Check the outputs for the examples from start to stop − 1, and keep their losses.
 
@@ -72,11 +76,12 @@ class TrainingLosses:
         if not self._is_whole:
             places = (start, stop)
             self._put(
-                start, checked_batch(self._task, self._data, places, batch, outputs, targets, ROLE)
+                slice(start, stop),
+                checked_batch(self._task, self._data, places, batch, outputs, targets, ROLE),
             )
 
     def of_some(self, count: int) -> Float[Tensor, " n"]:
-        """ℓᵢ of about so many, evenly spaced; for the others the mean of these.
+        """ℓᵢ of those that a pass has seen, or of about so many, evenly spaced; else their mean.
 
         Raises:
             UpweightError: As for `checked_losses`, of these.
@@ -84,8 +89,10 @@ class TrainingLosses:
         n, size = len(self._data), self._data.together(APIECE)
         groups = min(-(-count // size), max(1, n // size))  # none of them twice
         starts = [n * k // groups // size * size for k in range(groups)]
+        if self._values is not None:  # a pass has seen some
+            starts = []
         for start, part in checked_parts(self._task, self._data, starts, size, ROLE).items():
-            self._put(start, part)
+            self._put(slice(start, start + len(part)), part)
         assert self._values is not None
         return self._values.nan_to_num(nan=float(self._values.nanmean()))
 
@@ -105,7 +112,7 @@ class TrainingLosses:
             unknown = self._values.isnan()
             starts = [k for k in range(0, len(unknown), size) if bool(unknown[k : k + size].any())]
             for start, part in checked_parts(self._task, self._data, starts, size, ROLE).items():
-                self._put(start, part)
+                self._put(slice(start, start + len(part)), part)
             self.set(self._values)
         return self._values
 
@@ -130,10 +137,10 @@ class TrainingLosses:
         some = "" if len(known) == len(self._values) else f" of {len(known):,} examples"
         return f"mean training loss {readable(float(known.mean()))}{some}"
 
-    def _put(self, start: int, losses: Tensor) -> None:
+    def _put(self, at: slice | list[int], losses: Tensor) -> None:
         if self._values is None:
             self._values = losses.new_full((len(self._data),), torch.nan)
-        self._values[start : start + len(losses)] = losses
+        self._values[at] = losses
 
 
 @dataclass(eq=False)

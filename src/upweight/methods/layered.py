@@ -37,6 +37,7 @@ from upweight.notation import percent
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import working_bytes
 from upweight.runtime.progress import progress
+from upweight.runtime.selection import spaced
 from upweight.scoring.choose import Choice
 from upweight.scoring.queries import FactoredQueries, in_basis, inner, self_products
 from upweight.scoring.stream import (
@@ -129,7 +130,7 @@ class LayeredJob(Job):
     def solved(self) -> Iterator[Float[Tensor, "q ..."]]:
         """V_q of each block, in θ's own coordinates and the dtype that it was solved in."""
         for q in self.contraction.queries:
-            yield q.solved(slice(None)) if isinstance(q, FactoredQueries) else q.vectors
+            yield q.solved(slice(None)) if isinstance(q, FactoredQueries) else q.whole
 
     @property
     def row_sums(self) -> Float[Tensor, " q"] | None:
@@ -535,8 +536,12 @@ def _learned(
         raise
     # The first pass has seen them all, unless it had only some of the data or resumed. Batches of
     # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
-    if is_own and resources.folder is None and _examples_of(curvature, data) == len(data):
-        fitting.losses.set(resources.ranks.joined(seen, len(data), task.layout.device))
+    if is_own and resources.folder is None:
+        count = _examples_of(curvature, data)
+        if count == len(data):
+            fitting.losses.set(resources.ranks.joined(seen, len(data), task.layout.device))
+        elif resources.ranks.size == 1:
+            fitting.losses.set_some(spaced(len(data), count), torch.cat([*seen.values()]))
     if shared is not None:
         shared.append((curvature, point.theta, fitted))
     return fitted

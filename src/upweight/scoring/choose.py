@@ -123,12 +123,14 @@ def exact(queries: Sequence[BlockQueries]) -> Choice:
 
 
 def _in_full(block: BlockQueries, dtype: torch.dtype | None = None) -> tuple[Kernel, str]:
+    kernel: Kernel
     if isinstance(block, FactoredQueries):
-        vectors = _solved_all(block, block.left.dtype if dtype is None else dtype)
+        kernel = Explicit(_solved_all(block, block.left.dtype if dtype is None else dtype))
+        held = kernel.vectors.dtype
     else:
-        vectors = block.vectors
-    kernel = Explicit(vectors) if vectors.ndim == 3 else OfVector(vectors)
-    return kernel, f"in full, {str(vectors.dtype).removeprefix('torch.')}"
+        is_matrix, held = block.vectors.ndim == 3, block.vectors.dtype
+        kernel = Explicit(block.vectors, block.bias) if is_matrix else OfVector(block.vectors)
+    return kernel, f"in full, {str(held).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True, eq=False)

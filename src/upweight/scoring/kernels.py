@@ -13,7 +13,6 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -45,33 +44,49 @@ class Kernel(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class Explicit(Kernel):
-    """V_q in full, in the precision of the product."""
+    """V_q in full, in the precision of the product.
+
+    Args:
+        vectors: V_q, or its part for the weight.
+        bias: Its last column, which is the bias's, where `vectors` is the weight's.
+    """
 
     vectors: Float[Tensor, "q o i"]
+    bias: Float[Tensor, "q o"] | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.vectors.nbytes
+        return self.vectors.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def add_to(self, scores: Float[Tensor, "q b"], factors: Factors) -> None:
         self.add_all(scores, [factors])
 
     def add_all(self, scores: Float[Tensor, "q b"], parts: Sequence[Factors]) -> None:
         # V_q is read from memory once per product: small batches are multiplied together.
+        _, o, i = self.vectors.shape
         flat = self.vectors.flatten(1)
-        size = max(1, CHUNK_BYTES // (flat.shape[1] * flat.element_size()))
-        formed: list[Tensor] = []
-        first = start = 0
+        most = max(1, CHUNK_BYTES // (flat.shape[1] * flat.element_size()))
+        room = flat.new_empty(min(most, sum(len(part) for part in parts)), o, i)
+        ends = None if self.bias is None else room.new_empty(len(room), o)
+        first = stop = 0
+
+        def multiply() -> None:
+            held = stop - first
+            scores[:, first:stop] += flat @ room[:held].flatten(1).mT
+            if self.bias is not None and ends is not None:
+                scores[:, first:stop] += self.bias @ ends[:held].mT
+
         for factors in parts:
             assert isinstance(factors, Tokens)
-            for k in range(0, len(factors), size):
-                part = factors.take(slice(k, k + size)).rounded(flat.dtype)
-                if formed and start + len(part) - first > size:
-                    scores[:, first:start] += flat @ _together(formed).mT
-                    formed, first = [], start
-                formed.append(part.matrices().flatten(1))
-                start += len(part)
-        scores[:, first:start] += flat @ _together(formed).mT
+            for k in range(0, len(factors), len(room)):
+                part = factors.take(slice(k, k + len(room))).rounded(flat.dtype)
+                if stop - first + len(part) > len(room):
+                    multiply()
+                    first = stop
+                rows = slice(stop - first, stop - first + len(part))
+                part.form(room[rows], None if ends is None else ends[rows])
+                stop += len(part)
+        multiply()
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +118,6 @@ class Separable(Kernel):
             some = factors.to(lefts.dtype)
             for d, a in zip(lefts, rights, strict=True):
                 add_pairs(scores, Tokens(d, a), some)
-
-
-def _together(rows: Sequence[Float[Tensor, "b d"]]) -> Float[Tensor, "m d"]:
-    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def add_pairs(scores: Float[Tensor, "q b"], queries: Tokens, factors: Tokens) -> None:

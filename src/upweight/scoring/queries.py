@@ -1,7 +1,7 @@
 """∇m_q of one block in the block's eigenbasis, and what it becomes under (H + λ)⁻¹."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.curvature.layerwise import FittedBlock
-from upweight.gradients.factored import Factors, Lookups, Rows, Tokens, stacked
+from upweight.gradients.factored import Extended, Factors, Lookups, Rows, Tokens, stacked
 from upweight.linalg.eigen import Eigen
 
 PAIR_OVERHEAD = 256
@@ -52,6 +52,8 @@ class FactoredQueries:
 
 def rotated(tokens: Tokens, eigen: Eigen) -> Tokens:
     """The factors in the block's eigenbases."""
+    if isinstance(tokens, Extended) and all(q is not None for q in eigen.bases):
+        return tokens.projected(*(q.to(tokens.dtype) for q in eigen.bases if q is not None))
     left, right = (
         x if q is None else x @ q.to(x.dtype)
         for x, q in zip((tokens.left, tokens.right), eigen.bases, strict=True)
@@ -87,10 +89,24 @@ def self_products(inverse: Eigen, factors: Factors) -> Float[Tensor, " b"]:
 
 @dataclass(frozen=True, eq=False)
 class SolvedQueries:
-    """V_q = (H + λ)⁻¹ ∇m_q in θ's own coordinates."""
+    """V_q = (H + λ)⁻¹ ∇m_q in θ's own coordinates.
+
+    Args:
+        vectors: V_q, [q, d] or [q, o, i]; where there is a `bias`, without its column.
+        reference: V_q of a few queries in full precision, whole.
+        bias: The column of a bias that goes with its weight.
+    """
 
     vectors: Float[Tensor, "q ..."]
     reference: Float[Tensor, "k ..."]
+    bias: Float[Tensor, "q o"] | None = None
+
+    @property
+    def whole(self) -> Float[Tensor, "q ..."]:
+        """V_q with every column."""
+        if self.bias is None:
+            return self.vectors
+        return torch.cat([self.vectors, self.bias[..., None]], dim=-1)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -124,25 +140,24 @@ def block_queries(
         for inverse, dtype in zip(inverses, dtypes, strict=True)
     ]
     factored: list[list[Tokens]] = [[] for _ in blocks]
-    vectors: list[Tensor | None] = [None] * len(blocks)
-    kept: list[list[Tensor]] = [[] for _ in blocks]
+    solved_queries: list[_Solved | None] = [None] * len(blocks)
 
     def keep(k: int, start: int, part: Factors) -> None:
         v = solved(solvers[k], part.to(dtypes[k]))
-        stored = vectors[k]
-        if stored is None:
-            stored = vectors[k] = v.new_empty((q, *v.shape[1:]))
+        room = solved_queries[k]
+        if room is None:
+            room = solved_queries[k] = _Solved.like(v, q, blocks[k].bias is not None)
         stop = start + len(v)
-        stored[start:stop] = v
+        room.put(slice(start, stop), v)
         rows = reference[(reference >= start) & (reference < stop)] - start
-        kept[k].append(solved(inverses[k], part.take(rows)))
+        room.kept.append(solved(inverses[k], part.take(rows)))
 
     for start, _, parts in batches:
         for k, part in enumerate(parts):
             if (
                 isinstance(part, Tokens)
                 and in_pairs(blocks[k].eigenvalues.shape, part.positions, positions[k])
-                and vectors[k] is None
+                and solved_queries[k] is None
             ):
                 factored[k].append(part)
                 continue
@@ -154,14 +169,38 @@ def block_queries(
             keep(k, start, part)
     made: list[BlockQueries] = []
     for k, block in enumerate(blocks):
-        stored = vectors[k]
-        if stored is None:
+        room = solved_queries[k]
+        if room is None:
             tokens = stacked([rotated(part, block.eigen) for part in factored[k]])
             assert isinstance(tokens, Tokens)
             made.append(FactoredQueries(block.eigen, inverses[k].values, tokens.left, tokens.right))
         else:
-            made.append(SolvedQueries(stored, torch.cat(kept[k])))
+            made.append(SolvedQueries(room.vectors, torch.cat(room.kept), room.bias))
     return made
+
+
+@dataclass
+class _Solved:
+    """Room for the V_q of one block, a batch at a time; some in full precision too."""
+
+    vectors: Float[Tensor, "q ..."]
+    bias: Float[Tensor, "q o"] | None
+    kept: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def like(cls, v: Float[Tensor, "b ..."], q: int, has_bias: bool) -> "_Solved":
+        """For q of them."""
+        if not has_bias:
+            return cls(v.new_empty(q, *v.shape[1:]), None)
+        _, o, i = v.shape
+        return cls(v.new_empty(q, o, i - 1), v.new_empty(q, o))
+
+    def put(self, rows: slice, v: Float[Tensor, "b ..."]) -> None:
+        """A batch."""
+        if self.bias is None:
+            self.vectors[rows] = v
+        else:
+            self.vectors[rows], self.bias[rows] = v[..., :-1], v[..., -1]
 
 
 def _short(inverse: Eigen) -> Eigen:
@@ -174,7 +213,7 @@ def depends_on_parameters(queries: BlockQueries) -> bool:
     """Whether some query has a gradient in this block at all."""
     if isinstance(queries, FactoredQueries):
         return bool((queries.left.any(dim=2) & queries.right.any(dim=2)).any())
-    return bool(queries.vectors.any())
+    return bool(queries.vectors.any()) or (queries.bias is not None and bool(queries.bias.any()))
 
 
 def inner(queries: BlockQueries, matrix: Float[Tensor, "..."]) -> Float[Tensor, " q"]:
@@ -184,4 +223,4 @@ def inner(queries: BlockQueries, matrix: Float[Tensor, "..."]) -> Float[Tensor, 
     if isinstance(queries, FactoredQueries):
         weighted = queries.inverse * queries.eigen.rotated(matrix.to(queries.inverse))
         return ((queries.left @ weighted) * queries.right).sum(dim=(1, 2))
-    return queries.vectors.flatten(1).to(matrix.dtype) @ matrix.flatten()
+    return queries.whole.flatten(1).to(matrix.dtype) @ matrix.flatten()

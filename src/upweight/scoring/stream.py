@@ -292,14 +292,15 @@ def _contraction(
         batches = _measured_gradients(curvature, queries, measure, memory_bytes, gradients)
         return block_queries(curvature.blocks, batches, len(queries), positions, rows, dtypes)
 
-    if tolerance == 0:
+    factored = any(
+        in_pairs(b.eigenvalues.shape, t, t)
+        for b, t in zip(curvature.blocks, positions, strict=True)
+    )
+    # Without products of pairs and without bfloat16 there is nothing to approximate with.
+    if tolerance == 0 or not (factored or has_fast_bfloat16(plan.task.layout.device)):
         made = solved([plan.dtype] * len(curvature.blocks), torch.arange(0))
         choice = exact(made)
     else:
-        factored = any(
-            in_pairs(b.eigenvalues.shape, t, t)
-            for b, t in zip(curvature.blocks, positions, strict=True)
-        )
         # No more than a small share of what the pass itself takes.
         most = min(SAMPLE if factored else FEW, max(32, len(train) // 20))
         sample, check = (
