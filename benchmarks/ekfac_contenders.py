@@ -397,6 +397,18 @@ CONTENDERS = (
         repeated=True,
     ),
     Contender(
+        name="upweight-2%-sixteenth",
+        make=Upweight,
+        modules=("upweight", "torch"),
+        distribution="upweight",
+        description="Influence(curvature=EKFAC(examples=n // 16), damping=Absolute(λ), "
+        "tolerance=0.02)",
+        mapping="S itself",
+        factor=_exactly,
+        settings=lambda workload: [{"tolerance": 0.02, "one_in": 16}],
+        repeated=True,
+    ),
+    Contender(
         name="upweight-0.1%",
         make=Upweight,
         modules=("upweight", "torch"),

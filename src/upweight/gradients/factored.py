@@ -112,8 +112,11 @@ class Tokens:
 
     def form(self, out: Float[Tensor, "b o i"], bias: Float[Tensor, "b o"] | None) -> None:
         """gᵢ written to `out`, its last column to `bias` where there is one."""
-        if bias is None and self.positions > 1 and type(self) is Tokens:
-            torch.bmm(self.left.mT, self.right, out=out)
+        if bias is None and type(self) is Tokens:
+            if self.positions == 1:
+                torch.mul(self.left[:, 0, :, None], self.right[:, 0, None, :], out=out)
+            else:
+                torch.bmm(self.left.mT, self.right, out=out)
             return
         full = self.matrices()
         out.copy_(full if bias is None else full[..., :-1])

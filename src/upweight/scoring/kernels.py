@@ -78,8 +78,8 @@ class Explicit(Kernel):
 
         for factors in parts:
             assert isinstance(factors, Tokens)
-            for k in range(0, len(factors), len(room)):
-                part = factors.take(slice(k, k + len(room))).rounded(flat.dtype)
+            for k in range(0, len(factors), most):
+                part = factors.take(slice(k, k + most)).rounded(flat.dtype)
                 if stop - first + len(part) > len(room):
                     multiply()
                     first = stop
