@@ -1,5 +1,6 @@
 """What is chosen from what is known: a pure function over a table."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,44 @@ def test_the_ggn_is_damped_by_the_number_of_labels_where_nothing_is_known_of_tra
     by_cg = choose(replace(facts, parameters=60_000, queries=5))
     assert by_cg.name == "GGN by CG" and by_cg.method.damping == damping
     assert known_as(choose(facts).method) == ("" if labels == 127.0 else "upweight GGN, usual λ")
+
+
+TEXTS = replace(NETWORK, labels=128.0, directions=513.0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "examples"),
+    [
+        (TEXTS, 257),  # 64 · 513 labels
+        (replace(TEXTS, examples=513), None),  # more than half
+        (replace(TEXTS, examples=514), 257),
+        (replace(TEXTS, labels=2_048.0), 128),
+        (replace(TEXTS, labels=15.0), None),
+        (replace(TEXTS, labels=None), None),
+        (replace(TEXTS, directions=math.inf), None),
+        (replace(TEXTS, resolved=1e-3), 257),
+    ],
+)
+def test_examples_of_many_labels_teach_the_curvature_in_part(facts, examples):
+    choice = choose(facts)
+    assert choice.method.curvature == uw.EKFAC(examples=examples)
+    assert (choice.seconds < choose(replace(facts, labels=None)).seconds) == bool(examples)
+
+
+def test_the_widest_side_of_a_weight_counts():
+    model = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 5))
+    g = torch.Generator().manual_seed(0)
+    data = as_data((torch.randint(11, (40, 20), generator=g), torch.randint(5, (40, 20))))
+    model = model.double()
+
+    def found(params="*"):
+        return facts_of(uw.Task(model, uw.CrossEntropy(), params=params), data, 3)
+
+    assert (found().labels, found().directions) == (20.0, 11.0)
+    assert found("[13].*").directions == 7.0
+    assert found("*.bias").directions == 1.0
+    model.experts = nn.Identity()
+    assert found().directions == math.inf
 
 
 def test_a_network_is_never_given_its_hessian_whatever_is_known_of_it():

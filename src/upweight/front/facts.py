@@ -99,6 +99,7 @@ def facts_of(
         half_seconds=half,
         layers=len({name.rpartition(".")[0] for name in task.layout.names}),
         labels=_labels(task.loss, outputs, targets),
+        directions=_directions(task),
         by_query=by_query,
         refused=refused,
         resolved=resolved(known if trajectory is None else trajectory, task, len(train)),
@@ -188,6 +189,16 @@ def _labels(loss: Loss, outputs: Tensor, targets: Any) -> float | None:
         return None
     scale = loss.scale(outputs) if isinstance(loss, Rescaled) else 1.0
     return scale * targets_in(base, targets) / len(outputs)
+
+
+def _directions(task: Task) -> float:
+    """Of the widest side of a chosen weight; infinite with experts."""
+    if any(name.rpartition(".")[2] == "experts" for name, _ in task.model.named_modules()):
+        return math.inf  # some of them may see few examples
+    chosen = task.layout.names
+    shapes = [p.shape for name, p in task.model.named_parameters() if name in chosen]
+    sides = (max(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1)
+    return float(max(sides, default=1))
 
 
 def _base(loss: Loss) -> Loss:
