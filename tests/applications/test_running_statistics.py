@@ -1,0 +1,121 @@
+"""Refits whose models have running statistics of their own, against loops by hand in PyTorch."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import upweight as uw
+from tests.applications.outcomes import holds
+from upweight.applications import poisoning
+
+N, CLASSES = 60, 3
+EKFAC = uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=0.1, tolerance=0)
+
+
+def drawn(n, seed):
+    """Three classes that overlap; the last input is 0 but for noise."""
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % CLASSES
+    X = 0.7 * torch.randn(n, 4, generator=draw, dtype=torch.float64)
+    X[torch.arange(n), y] += 1.5
+    return X * torch.tensor([1, 1, 1, 0.2]).double(), y
+
+
+def loop(X, y, outputs=CLASSES, steps=25):
+    """A function from data weights to a model: rows of weight 0 are in no batch."""
+
+    def fit(weights):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, outputs)
+        ).double()
+        optimizer, stays = torch.optim.SGD(model.parameters(), 0.5), weights > 0
+        for _ in range(steps):
+            optimizer.zero_grad()
+            losses = nn.functional.cross_entropy(model(X[stays]), y[stays], reduction="none")
+            ((weights[stays] * losses).sum() / len(X)).backward()
+            optimizer.step()
+        return model.eval()
+
+    return fit
+
+
+def without(rows, n=N):
+    weights = torch.ones(n, dtype=torch.float64)
+    weights[list(rows)] = 0
+    return weights
+
+
+def is_right(model, data):
+    with torch.no_grad():
+        return (model(data[0]).argmax(dim=1) == data[1]).double()
+
+
+def losses(model, data):
+    with torch.no_grad():
+        return nn.functional.cross_entropy(model(data[0]), data[1], reduction="none")
+
+
+def statistics(model):
+    return {name: x for name, x in model.named_buffers() if "running" in name}
+
+
+def same(found, model):
+    """Whether a task's model is another, its running statistics included."""
+    expected = {k: x for k, x in model.state_dict().items() if "num_batches" not in k}
+    state = found.state_dict()
+    for name, x in expected.items():
+        assert_close(state[name], x, rtol=1e-12, atol=1e-14)
+
+
+@pytest.fixture(scope="module")
+def attacked():
+    """A trigger in the last input, in eight rows that are called class 0."""
+    X, y = drawn(N, 0)
+    rows = (y != 0).nonzero()[:8, 0].tolist()
+    X[rows, 3], y[rows] = 3.0, 0
+    fit = loop(X, y)
+    method = uw.GradientDot().fit(uw.Task(fit(without(())), uw.CrossEntropy()), (X, y))
+    clean = drawn(90, 1)
+    triggered = (clean[0].clone(), clean[1])
+    triggered[0][:, 3] = 3.0
+    return fit, method, clean, triggered
+
+
+def test_cleansed_models_are_measured_with_their_own(attacked, tmp_path):
+    fit, method, clean, triggered = attacked
+    others = clean[1] != 0
+    found = poisoning.suspects(
+        method, [x[others][:6] for x in triggered], [x[others][:6] for x in clean]
+    )
+    whole = fit(without(()))
+
+    def contrast(model):
+        def raised(x):
+            outputs = model(x[others][:6])
+            return outputs[:, 0] - outputs.mean(dim=1)
+
+        with torch.no_grad():
+            return float((raised(triggered[0]) - raised(clean[0])).mean())
+
+    for folder in (None, tmp_path, tmp_path):  # what is read from the folder is the same
+        done = holds(
+            poisoning.cleanse(
+                fit, found, triggered, clean, [4, 8], resources=uw.Resources(folder=folder)
+            )
+        )
+        assert done.before.accuracy == pytest.approx(float(is_right(whole, clean).mean()))
+        for one in (*done.curve, done.control):
+            model = fit(without(one.rows))
+            right = is_right(model, clean)
+            assert one.accuracy == pytest.approx(float(right.mean()))
+            assert one.lost.value == pytest.approx(float((is_right(whole, clean) - right).mean()))
+            assert one.actual == pytest.approx(contrast(model) - contrast(whole), rel=1e-9)
+            # Both halves together are all triggered images of other classes.
+            with torch.no_grad():
+                hits = float((model(triggered[0][others]).argmax(dim=1) == 0).double().mean())
+            assert one.success.value + one.chosen_on.value == pytest.approx(2 * hits)
+        chosen = fit(without(done.chosen.rows))
+        same(method.task.moved_to(done.theta, done.others).model, chosen)
+        assert sorted(done.others) == sorted(statistics(chosen))
