@@ -7,7 +7,11 @@ from torch.testing import assert_close
 
 import upweight as uw
 from tests.applications.outcomes import holds
-from upweight.applications import poisoning
+from upweight.applications import poisoning, selection
+from upweight.applications.held_out import Refits
+from upweight.applications.reweighting import Walk
+from upweight.applications.selection import Trial
+from upweight.applications.subject import subject_of
 
 N, CLASSES = 60, 3
 EKFAC = uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=0.1, tolerance=0)
@@ -70,6 +74,16 @@ def same(found, model):
 
 
 @pytest.fixture(scope="module")
+def noisy():
+    """Some labels are wrong."""
+    X, y = drawn(N, 0)
+    y[::7] = (y[::7] + 1) % CLASSES
+    fit = loop(X, y)
+    model = fit(without(()))
+    return fit, model, EKFAC.fit(uw.Task(model, uw.CrossEntropy()), (X, y)), (X, y)
+
+
+@pytest.fixture(scope="module")
 def attacked():
     """A trigger in the last input, in eight rows that are called class 0."""
     X, y = drawn(N, 0)
@@ -119,3 +133,75 @@ def test_cleansed_models_are_measured_with_their_own(attacked, tmp_path):
         chosen = fit(without(done.chosen.rows))
         same(method.task.moved_to(done.theta, done.others).model, chosen)
         assert sorted(done.others) == sorted(statistics(chosen))
+
+
+def test_kept_rows_are_judged_by_models_with_their_own(noisy):
+    fit, model, fitted, _ = noisy
+    found = holds(
+        selection.subset(
+            fitted, 0.6, "drop", validation=drawn(40, 2), test=drawn(50, 3), recipe=fit
+        )
+    )
+    kept = set(range(N)) - set(found.rows.tolist())
+    expected = losses(fit(without(kept)), drawn(50, 3))
+    assert_close(found.kept.losses, expected, rtol=1e-10, atol=1e-12)
+    change = expected - losses(model, drawn(50, 3))
+    assert found.actual.value == pytest.approx(float(change.mean()), rel=1e-9)
+    assert found.kept.accuracy.value == pytest.approx(
+        float(is_right(fit(without(kept)), drawn(50, 3)).mean())
+    )
+
+
+def test_rounds_of_a_selection_go_on_from_models_with_their_own(noisy):
+    """With next to no step what is predicted is the change up to the last refit but one."""
+    fit, model, fitted, data = noisy
+    method = uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=1e9, tolerance=0)
+    subject = subject_of(method.fit(fitted.task, data), recipe=fit)
+    guide, queries = (uw.as_data(drawn(30, seed)) for seed in (2, 3))
+    trial = Trial(Refits(subject, "A test"), 36, 0)
+    before = trial.chosen("iterated", guide).before
+    weights = before.train.weights
+    assert 36 < int(weights.sum()) < N
+    expected = losses(fit(weights), drawn(30, 3)) - losses(model, drawn(30, 3))
+    assert_close(trial.predicted("iterated", guide, queries), expected, rtol=0, atol=1e-7)
+    same(before.task.model, fit(weights))
+
+
+def test_paths_of_weights_are_of_models_with_their_own(noisy):
+    fit, _, fitted, (X, y) = noisy
+    refits = Refits(subject_of(fitted, recipe=fit), "A test")
+    walk, guide = Walk(refits, "exact", 0.1, 2), uw.as_data(drawn(30, 2))
+    points = walk.points(guide, without(()), refits.attempted(without(())))
+    assert len(points) == 3
+    own = [fit(w) for w, _ in points]
+    expected = torch.stack([losses(model, drawn(30, 3)) for model in own])
+    found = walk.losses(points, uw.as_data(drawn(30, 3)))
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    # The slope of a look-ahead is −⟨∇L, ∇ℓᵢ⟩/n of that model.
+    w, model = points[2]
+    slope = Walk(refits, "lookahead", 0.1, 1).slope(guide, w, model)
+
+    def gradient(inputs, labels):
+        loss = nn.functional.cross_entropy(own[2](inputs), labels)
+        parts = torch.autograd.grad(loss, list(own[2].parameters()))
+        return torch.cat([part.flatten() for part in parts])
+
+    clean = gradient(*drawn(30, 2))
+    by_hand = torch.stack([-gradient(X[i : i + 1], y[i : i + 1]) @ clean / N for i in range(N)])
+    assert_close(slope, by_hand, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["exact", "lookahead"])
+def test_weights_are_judged_by_models_with_their_own(noisy, rule):
+    fit, model, fitted, _ = noisy
+    splits = {"validation": drawn(30, 2), "test": drawn(50, 3)}
+    found = holds(selection.reweight(fitted, fit, **splits, steps=2, radius=0.1, rule=rule))
+    own = {"equal weights": model, "these": fit(found.w)}
+    for name, each in own.items():
+        expected = losses(each, splits["test"])
+        assert_close(found.models[name].losses, expected, rtol=1e-10, atol=1e-12)
+    start = losses(model, splits["validation"]).mean()
+    if found.start == "equal weights":
+        assert found.path[0].validation_loss == pytest.approx(float(start), rel=1e-9)
+    reached = losses(own["these"], splits["validation"]).mean()
+    assert found.path[found.steps].validation_loss == pytest.approx(float(reached), rel=1e-9)
