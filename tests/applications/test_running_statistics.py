@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import upweight as uw
 from tests.applications.outcomes import holds
-from upweight.applications import poisoning, selection
+from upweight.applications import poisoning, selection, unlearning
 from upweight.applications.held_out import Refits
 from upweight.applications.reweighting import Walk
 from upweight.applications.selection import Trial
@@ -205,3 +205,51 @@ def test_weights_are_judged_by_models_with_their_own(noisy, rule):
         assert found.path[0].validation_loss == pytest.approx(float(start), rel=1e-9)
     reached = losses(own["these"], splits["validation"]).mean()
     assert found.path[found.steps].validation_loss == pytest.approx(float(reached), rel=1e-9)
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return model(inputs)
+
+
+def test_unlearning_is_held_against_a_refit_with_its_own(noisy):
+    fit, model, fitted, (X, y) = noisy
+    gone, (inputs, labels) = [0, 7, 14, 21], drawn(40, 2)
+    got = holds(unlearning.without(fitted, gone, queries=(inputs, labels), recipe=fit))
+    refit = fit(without(gone))
+    step = fitted.task.layout.flatten(fitted.removal_step(gone))
+    with torch.no_grad():
+        start, end = (
+            torch.cat([p.flatten() for p in each.parameters()]) for each in (model, refit)
+        )
+    assert_close(got.actual, end - start, rtol=1e-10, atol=1e-12)
+    assert got.distance == pytest.approx(float((end - start - step).norm()), rel=1e-9)
+    # θ₋ has the running statistics of θ̂, the refit its own.
+    moved = loop(X, y, steps=0)(without(()))
+    moved.load_state_dict(model.state_dict())
+    nn.utils.vector_to_parameters(start + step, moved.parameters())
+    same(got.model, moved)
+    was = outputs(model, inputs)
+    assert_close(got.change.outputs, outputs(moved, inputs) - was, rtol=1e-9, atol=1e-12)
+    assert_close(got.change.refit_outputs, outputs(refit, inputs) - was, rtol=1e-9, atol=1e-12)
+    for told, data in (
+        (got.change.losses, (inputs, labels)),
+        (got.change.forgotten, (X[gone], y[gone])),
+    ):
+        expected = [float(losses(each, data).mean()) for each in (model, moved, refit)]
+        assert told == pytest.approx(expected, rel=1e-9)
+    told = [note for note in got.notes if "the refit has its own 1.running_mean" in note]
+    assert len(told) == 1 and got.drift == 0
+    assert not any("with all the data" in note for note in got.notes)
+
+
+def test_a_recipe_that_ends_with_other_statistics_is_told(noisy):
+    fit, _, fitted, _ = noisy
+
+    def shifted(weights):
+        model = fit(weights)
+        model[1].running_mean += 0.1
+        return model
+
+    got = holds(unlearning.without(fitted, [0, 7], recipe=shifted))
+    assert any("even with all the data the recipe ends with 1.running" in n for n in got.notes)
