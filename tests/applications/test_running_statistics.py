@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 import upweight as uw
 from tests.applications.outcomes import holds
-from upweight.applications import poisoning, selection, unlearning
+from upweight.applications import debugging, poisoning, selection, unlearning
+from upweight.applications.calibration import calibration
 from upweight.applications.held_out import Refits
 from upweight.applications.reweighting import Walk
 from upweight.applications.selection import Trial
@@ -253,3 +254,39 @@ def test_a_recipe_that_ends_with_other_statistics_is_told(noisy):
 
     got = holds(unlearning.without(fitted, [0, 7], recipe=shifted))
     assert any("even with all the data the recipe ends with 1.running" in n for n in got.notes)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_dropped_rows_are_judged_by_models_with_their_own(noisy, tmp_path, folder):
+    fit, model, fitted, _ = noisy
+    suspects = debugging.suspects(fitted, recipe=fit)
+    gone, test = suspects.order[:5].tolist(), drawn(50, 3)
+    using = uw.Resources(folder=tmp_path) if folder else None
+    for _ in range(1 + folder):  # what is read from the folder is the same
+        found = holds(suspects.apply(dict.fromkeys(gone, "drop"), test, resources=using))
+        refit = fit(without(gone))
+        for told, each in ((found.before, model), (found.after, refit)):
+            expected = [float(x.mean()) for x in (losses(each, test), is_right(each, test))]
+            assert told == pytest.approx(expected, rel=1e-9)
+        change = losses(refit, test) - losses(model, test)
+        assert found.actual.loss.value == pytest.approx(float(change.mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_labels_are_judged_by_a_refit_with_its_own(noisy, trusted):
+    fit, _, fitted, (X, y) = noisy
+    held = drawn(40, 2) if trusted else None
+    first = debugging.suspects(fitted, validation=held, by="label", recipe=fit)
+    gone = (first.proposals != first.labels).nonzero()[:, 0].tolist()
+    assert 0 < len(gone) < N
+    found = debugging.suspects(fitted, validation=held, by="label", recipe=fit, refit=True)
+    refit = fit(without(gone))
+    each = -outputs(refit, X).log_softmax(dim=1)
+    if trusted:
+        each = calibration(-outputs(refit, held[0]).log_softmax(dim=1), held[1])(each)
+    rows = torch.arange(N)
+    others = each.clone()
+    others[rows, y] = torch.inf
+    expected = each[rows, y] - others.min(dim=1).values
+    assert_close(found.suspicion, expected, rtol=1e-9, atol=1e-11)
+    assert found.left_out == len(gone) and torch.equal(found.proposals, each.argmin(dim=1))
