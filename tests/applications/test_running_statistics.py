@@ -7,12 +7,13 @@ from torch.testing import assert_close
 
 import upweight as uw
 from tests.applications.outcomes import holds
-from upweight.applications import debugging, poisoning, selection, unlearning
+from upweight.applications import debugging, fairness, poisoning, selection, unlearning
 from upweight.applications.calibration import calibration
 from upweight.applications.held_out import Refits
 from upweight.applications.reweighting import Walk
 from upweight.applications.selection import Trial
 from upweight.applications.subject import subject_of
+from upweight.errors import SpecError
 
 N, CLASSES = 60, 3
 EKFAC = uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=0.1, tolerance=0)
@@ -290,3 +291,74 @@ def test_labels_are_judged_by_a_refit_with_its_own(noisy, trusted):
     expected = each[rows, y] - others.min(dim=1).values
     assert_close(found.suspicion, expected, rtol=1e-9, atol=1e-11)
     assert found.left_out == len(gone) and torch.equal(found.proposals, each.argmin(dim=1))
+
+
+def people(n, seed, share=0.0):
+    """Two groups, told apart by an input; some good labels of one of them are held back."""
+    draw = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, 4, generator=draw, dtype=torch.float64)
+    group, y = torch.arange(n) % 2, (X[:, 0] > 0).long()
+    X[:, 1] = group + 0.3 * X[:, 1]
+    held = (group == 1) & (y == 1) & (torch.rand(n, generator=draw) < share)
+    return X, torch.where(held, 0, y), group.tolist()
+
+
+@pytest.fixture(scope="module")
+def unfair():
+    X, y, groups = people(N, 0, 0.6)
+    fit = loop(X, y, outputs=2)
+    model = fit(without(()))
+    return fit, model, EKFAC.fit(uw.Task(model, uw.CrossEntropy()), (X, y)), groups
+
+
+def gaps(model, data):
+    """Difference of the mean probability, and of the share of decisions, between the groups."""
+    p, group = outputs(model, data[0]).softmax(dim=1)[:, 1], torch.tensor(data[2])
+    return [float(x[group == 1].mean() - x[group == 0].mean()) for x in (p, (p > 0.5).double())]
+
+
+def test_causes_of_a_gap_are_refitted_with_their_own(unfair):
+    fit, model, fitted, groups = unfair
+    data = people(80, 1)
+    gap = fairness.gap("demographic_parity", data[2])
+    found = holds(fairness.causes(fitted, data[:2], gap, recipe=fit))
+    soft, hard = gaps(model, data)
+    assert found.soft == pytest.approx(soft, rel=1e-9) and found.rows
+    refit = fit(without(found.rows))
+    assert found.actual == pytest.approx(gaps(refit, data)[0] - soft, rel=1e-9)
+    names = ["one" if group else "other" for group in groups]
+    for cause in found.by(names, refits=2).causes:
+        rows = [i for i in range(N) if names[i] == cause.name]
+        refit = gaps(fit(without(rows)), data)
+        assert cause.actual == pytest.approx(refit[0] - soft, rel=1e-9)
+        assert cause.hard == pytest.approx(refit[1] - hard, rel=1e-9)
+
+
+@pytest.mark.parametrize("how", ["weights", "remove"])
+def test_a_gap_is_closed_by_models_with_their_own(unfair, how):
+    fit, model, fitted, _ = unfair
+    data, test = people(80, 1), people(90, 2)
+    gap = fairness.gap("demographic_parity", data[2])
+    asked = {"test": test[:2], "test_groups": test[2], "recipe": fit}
+    found = holds(fairness.repair(fitted, data[:2], gap, **asked, how=how))
+    assert len(found.frontier) > 1
+    for point in found.frontier:
+        refit = fit(point.weights)
+        soft, hard = gaps(refit, data)
+        assert point.actual == pytest.approx(soft, rel=1e-9)
+        assert point.validation.value == pytest.approx(hard, rel=1e-9)
+        assert point.test.value == pytest.approx(gaps(refit, test)[1], rel=1e-9)
+        right = is_right(refit, test)
+        assert point.accuracy == pytest.approx(float(right.mean()))
+        rise = losses(refit, test) - losses(model, test)
+        assert point.loss_price.value == pytest.approx(float(rise.mean()), rel=1e-9)
+
+
+def test_a_function_has_its_own_labels(unfair):
+    """Refitted to changed ones it would be the model as it was; the way out has been seen."""
+    fit, _, fitted, _ = unfair
+    data, test = people(80, 1), people(90, 2)
+    gap = fairness.gap("demographic_parity", data[2])
+    asked = {"test": test[:2], "test_groups": test[2], "recipe": fit}
+    with pytest.raises(SpecError, match=r'(?s)weights alone.*how="weights" or how="remove"'):
+        fairness.repair(fitted, data[:2], gap, **asked, how="relabel")
