@@ -1,5 +1,7 @@
 """Refits whose models have running statistics of their own, against loops by hand in PyTorch."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -7,13 +9,14 @@ from torch.testing import assert_close
 
 import upweight as uw
 from tests.applications.outcomes import holds
-from upweight.applications import debugging, fairness, poisoning, selection, unlearning
+from upweight.applications import acquisition, debugging, fairness, poisoning, selection, unlearning
 from upweight.applications.calibration import calibration
 from upweight.applications.held_out import Refits
 from upweight.applications.reweighting import Walk
 from upweight.applications.selection import Trial
 from upweight.applications.subject import subject_of
 from upweight.errors import SpecError
+from upweight.training import FromFunction
 
 N, CLASSES = 60, 3
 EKFAC = uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=0.1, tolerance=0)
@@ -362,3 +365,52 @@ def test_a_function_has_its_own_labels(unfair):
     asked = {"test": test[:2], "test_groups": test[2], "recipe": fit}
     with pytest.raises(SpecError, match=r'(?s)weights alone.*how="weights" or how="remove"'):
         fairness.repair(fitted, data[:2], gap, **asked, how="relabel")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop on the data that it is given."""
+
+    def prepare(self, task, train):
+        X, y = train.batch(0, len(train))
+        return FromFunction(loop(X, y), twice=False).prepare(task, train)
+
+
+def test_acquired_labels_are_judged_by_models_with_their_own():
+    start, pool, held, test = drawn(21, 0), drawn(36, 1), drawn(24, 2), drawn(60, 3)
+    X, y = (torch.cat([a, b]) for a, b in zip(start, pool, strict=True))
+    task = uw.Task(loop(*start, steps=0)(without((), 21)), uw.CrossEntropy())
+    asked = {"strategies": ("expected gain", "entropy"), "batch": 4, "rounds": 2, "repeats": 1}
+    data = (start, pool[0], pool[1], held, test)
+    with pytest.raises(SpecError, match=r"(?s)data of its own.*prepare\(task, train\)"):
+        acquisition.curve(loop(X, y), task, *data, **asked)
+    found = holds(acquisition.curve(Loop(), task, *data, **asked, method=EKFAC))
+    for s, name in enumerate(found.strategies):
+        before = None
+        for r in range(3):
+            rows = [*range(21), *found.bought[s, 0, : 4 * r].tolist()]
+            model = loop(X[rows], y[rows])(without((), len(rows)))
+            assert torch.equal(found.right[s, 0, r], is_right(model, test).bool())
+            if name == "expected gain":
+                both = [torch.cat(pair) for pair in zip((X[rows], y[rows]), held, strict=True)]
+                joint = loop(*both)(without((), len(both[1])))
+                expected = is_right(joint, test).bool()
+                assert torch.equal(found.right_with_validation[s, 0, r], expected)
+            now = float(losses(model, held).mean())
+            if r:
+                assert float(found.actual[s, 0, r - 1]) == pytest.approx(now - before, rel=1e-8)
+            before = now
+            if r == 2:
+                break
+            left = torch.tensor([i for i in range(len(X)) if i not in rows])
+            if name == "entropy":
+                p = outputs(model, X[left]).softmax(dim=1)
+                order = -(p * p.log()).sum(dim=1)
+            else:
+                fitted = EKFAC.fit(uw.Task(model, uw.CrossEntropy()), (X[rows], y[rows]))
+                order = -acquisition.rank(fitted, X[left], held, batch=4).predicted
+                assert float(found.predicted[s, 0, r]) == pytest.approx(
+                    -float(order.topk(4).values.sum()), rel=1e-7
+                )
+            chosen = set(left[order.topk(4).indices].tolist())
+            assert chosen == set(found.bought[s, 0, 4 * r : 4 * r + 4].tolist())
