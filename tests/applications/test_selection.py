@@ -324,7 +324,7 @@ def test_slopes_at_weights_are_derivatives_of_refitted_losses():
         e[i] = 1e-3
         up, down = (
             nn.functional.cross_entropy(fitted.task.moved_to(theta).model(guide[0]), guide[1])
-            for theta in (refits.attempted(w + e), refits.attempted(w - e))
+            for theta in (refits.attempted(w + d).theta[0] for d in (e, -e))
         )
         assert float(slope[i]) == pytest.approx((up - down).item() / 2e-3, rel=1e-4)
 
@@ -373,7 +373,8 @@ def test_the_look_ahead_follows_gradient_products_that_are_positive():
     refits = Refits(Subject(fitted, NEWTON), "A test")
     w = torch.ones(86).double()
     data = fitted.task.queries((V, u))
-    slope = Walk(refits, "lookahead", 0.1, 1).slope(data, w, fitted.theta)
+    here = Trained(fitted.theta[None], torch.zeros(1).double())
+    slope = Walk(refits, "lookahead", 0.1, 1).slope(data, w, here)
 
     def gradient(A, b):
         parts = torch.autograd.grad(

@@ -40,9 +40,10 @@ from upweight.runtime.resources import Resources
 from upweight.runtime.streams import stream
 from upweight.task.data import Data, as_data
 from upweight.task.identity import contents
-from upweight.task.measures import Loss, measured
-from upweight.task.recipe import Recipe
+from upweight.task.measures import Loss
+from upweight.task.recipe import Recipe, Trained
 from upweight.task.task import Task, require_task
+from upweight.training.function import FromFunction, as_recipe
 from upweight.training.kept import Kept, training_identity
 
 GUIDED = {
@@ -274,8 +275,9 @@ def curve(
     """Buy labels by several strategies, fit again after every batch, and test.
 
     Every fit starts from the task and the recipe, never from the model before, with the mean taken
-    over what is labelled. Starts after the first are drawn from labelled and pool together, of the
-    same size: results are for a start at random.
+    over what is labelled. A model chooses and is measured with its own running statistics. Starts
+    after the first are drawn from labelled and pool together, of the same size: results are for a
+    start at random.
 
         "expected gain", "diverse expected gain", "pseudo-label gain"   see `rank`
         "random"                  uniform
@@ -304,7 +306,8 @@ def curve(
             nothing is kept.
 
     Raises:
-        SpecError: There is no such strategy, the pool is too small, or there are no repeats.
+        SpecError: There is no such strategy, the pool is too small, there are no repeats, or the
+            recipe is a function, which holds its own data.
         UnsupportedModel: A model of scikit-learn or statsmodels, whose task has its own data only.
         NotConverged: Fits failed from every start. Starts with a failed fit are left out of all
             strategies, and noted.
@@ -321,6 +324,15 @@ def curve(
             "a task from an adapter.",
             "uw.Task(torch.nn.Linear(d, classes), uw.CrossEntropy(), uw.L2(...)) with "
             "uw.training.Newton(); rank(...) itself takes the estimator.",
+        )
+    recipe = as_recipe(recipe)
+    if isinstance(recipe, FromFunction):
+        raise SpecError(
+            "A simulation hands its recipe the data, which grow.",
+            f"{recipe!r}, a function of weights of data of its own.",
+            "a training loop that takes no data.",
+            "a class whose prepare(task, train) returns FromFunction(loop).prepare(task, train), "
+            "where loop trains on `train`.",
         )
     names = tuple(strategies)
     for name in names:
@@ -417,15 +429,15 @@ class _World:
         for r in range(self.rounds + 1):
             rows = start + taken
             train = self._training(rows, joint)
-            theta = self._fitted(train, f"{rows}{' and validation' * joint}")
-            right.append(measured(self.task, theta, self.test, Correct()).bool().cpu())
-            losses.append(float(measured(self.task, theta, self.held, Loss()).mean()))
+            model = self._fitted(train, f"{rows}{' and validation' * joint}")
+            right.append(model.measured(self.task, self.test, Correct())[0].bool())
+            losses.append(float(model.measured(self.task, self.held, Loss()).mean()))
             if r == self.rounds:
                 break
             if plan is not None:
                 taken = plan[: len(taken) + self.batch]
                 continue
-            chosen, gain = self._chosen(name, theta, train, rows, generator)
+            chosen, gain = self._chosen(name, model, train, rows, generator)
             taken = taken + chosen
             predicted.append(gain)
         return right, losses, predicted, taken
@@ -434,7 +446,7 @@ class _World:
         alone = as_data(self.everything.take(rows))
         return joined(alone, self.held) if joint else alone
 
-    def _fitted(self, train: Data, rows: str) -> Float[Tensor, " p"]:
+    def _fitted(self, train: Data, rows: str) -> Trained:
         trainer = self.kept.trainer(self.recipe.prepare(self.task, train), self.task, rows)
         found = trainer(torch.ones(1, len(train), dtype=torch.float64))
         if found.failures:
@@ -444,12 +456,12 @@ class _World:
                 "few examples and no penalty: a minimum at infinity.",
                 "give the task a penalty, uw.L2(1e-2), or loosen the recipe.",
             )
-        return found.alone()
+        return found
 
     def _chosen(
         self,
         name: str,
-        theta: Float[Tensor, " p"],
+        model: Trained,
         train: Data,
         rows: list[int],
         generator: torch.Generator,
@@ -462,12 +474,13 @@ class _World:
             order = torch.randperm(len(pool), generator=generator)
             return pool[order[: self.batch]].tolist(), math.nan
         data = self.everything.subset(pool.tolist())
+        task, theta = model.task_of(self.task, 0), model.theta[0]
         if name in GUIDED:
-            fitted = self.method.fit(self.task.moved_to(theta), train)
+            fitted = self.method.fit(task.moved_to(theta), train)
             found = rank(fitted, data, self.held, batch=self.batch, **GUIDED[name])  # type: ignore[arg-type]
             return pool[found.chosen].tolist(), float(found.predicted[found.chosen].sum())
-        classes = classes_of(self.task, theta, data)
-        p = probabilities(self.task, theta, data, classes)
+        classes = classes_of(task, theta, data)
+        p = probabilities(task, theta, data, classes)
         if name == "entropy":
             entropy = torch.special.entr(p).sum(dim=1)
             order = entropy.argsort(descending=True, stable=True)

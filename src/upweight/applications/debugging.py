@@ -45,7 +45,7 @@ from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.losses import Bernoulli, CrossEntropy
 from upweight.task.measures import Functional, Loss, as_measure, measured
-from upweight.task.recipe import Recipe
+from upweight.task.recipe import Recipe, Trained
 from upweight.task.task import Task
 from upweight.training.kept import Kept, training_identity
 
@@ -192,7 +192,8 @@ class Suspects(Outcome):
         """Fit again with the decisions, and compare loss and accuracy on test data.
 
         A dropped row has wᵢ = 0 and the objective keeps its 1/n. The model before is refitted by
-        the same recipe, so that nothing but the decisions differs.
+        the same recipe, so that nothing but the decisions differs. Refits by a function have their
+        own running statistics; what is predicted has those of the model that was asked about.
 
         Args:
             decisions: By row a label as the fit was given it, "keep" or "drop"; as from `proposed`,
@@ -403,8 +404,8 @@ def suspects(
     proposals, left_out = losses.argmin(dim=1), 0
     if refit:
         denied = proposals != labels
-        theta, left_out = _without(subject, denied), int(denied.sum())
-        losses, suspicion, notes = by_refit(fitted, classes, labels, theta, held)
+        model, left_out = _without(subject, denied), int(denied.sum())
+        losses, suspicion, notes = by_refit(fitted, classes, labels, model, held)
         proposals = losses.argmin(dim=1)
     harm = relabelling = removing = None
     if held is not None:
@@ -436,8 +437,8 @@ def _in_words(measure: Callable[..., Tensor]) -> str:
     return "measure" if "<" in said else said  # of a function the address says nothing
 
 
-def _without(subject: Subject, denied: Bool[Tensor, " n"]) -> Float[Tensor, " p"]:
-    """θ of one fit without some rows."""
+def _without(subject: Subject, denied: Bool[Tensor, " n"]) -> Trained:
+    """One fit without some rows."""
     recipe, fitted = subject.require_recipe("A refit"), subject.fitted
     task, train = fitted.task, fitted.train
     kept = Kept.of(

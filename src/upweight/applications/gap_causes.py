@@ -381,7 +381,8 @@ def causes(
 
     Of several differences (more than two groups, or equalized odds) it is the largest. Where there
     is a recipe the model is fitted again without the fewest rows, by score, without which removal
-    predicts that the gap is gone.
+    predicts that the gap is gone; a refit is measured with its own running statistics, removal is
+    predicted with those of θ̂.
 
     Args:
         asked: A fitted method whose scores are ∂m/∂w; or a fitted scikit-learn estimator or
@@ -532,11 +533,11 @@ def _without(
         weights[1 + k, group] = 0.0
     found: list[tuple[float, float] | str] = []
     for w in weights:
-        theta = attempted(partial(trainer, w[None]))
-        if isinstance(theta, str):
-            found.append(theta)
+        model = attempted(partial(trainer, w[None]))
+        if isinstance(model, str):
+            found.append(model)
             continue
-        said = readings(task, theta, rows, gap.positive)
+        said = readings(model.task_of(task, 0), model.theta[0], rows, gap.positive)
         soft = float(differences(gap, said.scores, said.positive)[place])
         found.append((soft, counted(gap, said.decided, said.positive, at=place).value))
     base, *others = found
@@ -548,8 +549,11 @@ def _without(
     ]
 
 
-def attempted(fit: Callable[[], Trained]) -> Float[Tensor, " p"] | str:
-    """θ of a refit, or in a line why there is none; an error of the folder is no such reason."""
+def attempted(fit: Callable[[], Trained]) -> Trained | str:
+    """The one model of a refit, or in a line why there is none.
+
+    An error of the folder is no such reason.
+    """
     try:
         trained = fit()
     except (StaleStore, NotWritten):
@@ -558,8 +562,8 @@ def attempted(fit: Callable[[], Trained]) -> Float[Tensor, " p"] | str:
         return str(error).partition("\n")[0].rstrip(".")
     if trained.failures:
         return next(iter(trained.failures.values())).partition("\n")[0].rstrip(".")
-    theta = trained.alone()
-    return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
+    is_finite = bool(trained.theta.isfinite().all())
+    return trained if is_finite else "parameters that are not finite"
 
 
 def _percent(share: float) -> str:

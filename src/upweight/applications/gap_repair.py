@@ -47,6 +47,7 @@ from upweight.task.identity import contents
 from upweight.task.measures import AT_ONCE, Functional
 from upweight.task.recipe import Recipe, Trained, Trainer
 from upweight.task.task import Task
+from upweight.training.function import FromFunction
 from upweight.training.kept import Kept, training_identity
 
 How = Literal["weights", "remove", "relabel"]
@@ -389,7 +390,8 @@ def repair(
     whose accuracy on validation falls by no more than the budget (beyond noise) the one with the
     least change that has |hard gap| ≤ target there is chosen, or else the smallest gap. If only a
     refit beyond the budget closes the gap the verdict is "infeasible", with what that one costs.
-    The test rows are measured and choose nothing.
+    The test rows are measured and choose nothing. Where the recipe is a function that trains
+    running statistics, each refit is measured with its own; scores take those of θ̂ for constants.
 
     With several differences (more than two groups, or equalized odds) all of them are bounded by
     (1 − β) times the largest, and β ends at 1.
@@ -412,7 +414,8 @@ def repair(
             those of the fitted method.
 
     Raises:
-        SpecError: No validation or test rows, the same for both, no recipe, or another `how`.
+        SpecError: No validation or test rows, the same for both, no recipe, or another `how`;
+            other labels for a function, which holds its own.
         DataError, ShapeError: As for `gap`, for either split.
         NotConverged: The model as it was cannot be fitted again.
         MissingPackage: SciPy is not installed, which solves the program.
@@ -425,6 +428,13 @@ def repair(
     _require_choices(gap, how, budget, target)
     subject = subject_of(asked, train, recipe)
     how_to_fit = subject.require_recipe("repair(...)")
+    if how == "relabel" and isinstance(how_to_fit, FromFunction):
+        raise SpecError(
+            "A recipe must fit the data that it is given: their labels have changed.",
+            f"{how_to_fit!r}, a function of the weights alone.",
+            "a training loop that holds its own data.",
+            'how="weights" or how="remove".',
+        )
     task = subject.fitted.task
     for name, rows in (("validation", validation), ("test", test)):
         if rows is None:
@@ -462,12 +472,12 @@ class Splits:
                 "keep a third part of the data aside for test=.",
             )
 
-    def at(self, theta: Float[Tensor, " p"]) -> tuple[Readings, Readings]:
-        """What the model at θ says of both."""
-        positive = self.gap.positive
+    def at(self, model: Trained) -> tuple[Readings, Readings]:
+        """What a retrained model, with its own running statistics, says of both."""
+        task, theta, positive = model.task_of(self.task, 0), model.theta[0], self.gap.positive
         return (
-            readings(self.task, theta, self.validation, positive),
-            readings(self.task, theta, self.test, positive),
+            readings(task, theta, self.validation, positive),
+            readings(task, theta, self.test, positive),
         )
 
 
@@ -613,16 +623,16 @@ class _Search:
         if not float(weights.sum()) > 0:
             notes.append(f"taking away {share:.0%} of the soft gap would leave no training row")
             return None
-        theta = self._fit(weights, flips)
-        if isinstance(theta, str):
-            return f"the refit for {share:.0%} of the soft gap failed: {theta}"
-        return self._point(share, theta, found, effects, feasible)
+        model = self._fit(weights, flips)
+        if isinstance(model, str):
+            return f"the refit for {share:.0%} of the soft gap failed: {model}"
+        return self._point(share, model, found, effects, feasible)
 
     def _point(
-        self, share: float, theta: Tensor, x: Tensor, effects: _Effects, feasible: bool
+        self, share: float, model: Trained, x: Tensor, effects: _Effects, feasible: bool
     ) -> Point:
         splits, (before, shown) = self.splits, self.base
-        here, there = splits.at(theta)
+        here, there = splits.at(model)
         x = x.to(effects.gaps)
         change = torch.zeros(len(self.fitted.train), dtype=torch.float64)
         change.index_add_(0, effects.rows, x * effects.direction)
@@ -658,8 +668,8 @@ class _Search:
             closed=around(abs(again.value) - abs(first.value), error),
         )
 
-    def _fit(self, weights: Float[Tensor, " n"], flips: tuple[int, ...]) -> Tensor | str:
-        """θ of the changed data, or why there is none."""
+    def _fit(self, weights: Float[Tensor, " n"], flips: tuple[int, ...]) -> Trained | str:
+        """The model of the changed data, or why there is none."""
         task, train = self.fitted.task, self.fitted.train
 
         def trainer() -> Trainer:

@@ -29,7 +29,7 @@ from upweight.task.identity import contents
 from upweight.task.losses import Loss, Weighted
 from upweight.task.measures import AT_ONCE, Functional, Measure, measured
 from upweight.task.measures import Loss as LossMeasure
-from upweight.task.recipe import Trainer
+from upweight.task.recipe import Trained, Trainer
 from upweight.task.task import Task
 from upweight.training.kept import kept_trainer
 
@@ -254,22 +254,31 @@ class Refits:
         recipe = self.subject.require_recipe(self.what)
         return kept_trainer(recipe, self.fitted.task, self.fitted.train, self.resources)
 
-    def attempted(self, weights: Float[Tensor, " n"]) -> Float[Tensor, " p"] | str:
-        """θ(w), or why the recipe did not train."""
+    def attempted(self, weights: Float[Tensor, " n"]) -> Trained | str:
+        """The one model of these weights, or why the recipe did not train."""
         trained = self.trainer(weights[None])
         if trained.failures:
             return trained.failures[0]
-        theta = trained.alone()
-        return theta if bool(theta.isfinite().all()) else "parameters that are not finite"
+        is_finite = bool(trained.theta.isfinite().all())
+        return trained if is_finite else "parameters that are not finite"
+
+    def held(self, model: Trained, data: Data, bootstrap: Bootstrap) -> Held:
+        """One retrained model on held-out data, with its own running statistics.
+
+        Raises:
+            NonFinite: A loss is NaN or infinite.
+        """
+        return held(model.task_of(self.fitted.task, 0), model.theta[0], data, bootstrap)
 
     def at_weights(
-        self, theta: Float[Tensor, " p"], weights: Float[Tensor, " n"], method: Method | None
+        self, model: Trained, weights: Float[Tensor, " n"], method: Method | None
     ) -> Fitted:
         """A method, fitted to θ(w) with w as part of the objective: of wᵢ ℓᵢ in place of ℓᵢ.
 
-        Its scores are ∂m/∂log wᵢ = wᵢ ∂m/∂wᵢ; its queries are `weighing_one`.
+        Running statistics are the model's own, as constants. Its scores are
+        ∂m/∂log wᵢ = wᵢ ∂m/∂wᵢ; its queries are `weighing_one`.
         """
-        at = self.fitted.task.moved_to(theta)
+        at = model.task_of(self.fitted.task, 0).moved_to(model.theta[0])
         task = Task(at.model, Weighted(at.loss), at.penalty, at.params, _WithWeights(at.forward))
         data = _Weighed(self.fitted.train, weights.to(at.layout.dtype))
         chosen = self._method() if method is None else method

@@ -19,7 +19,7 @@ decide.
 from the start each time, chooses k on one half of the triggered images and reports on the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ from upweight.runtime.streams import stream
 from upweight.scores import Unit
 from upweight.task.data import Data, batch_size
 from upweight.task.measures import Functional, as_measure
-from upweight.task.recipe import Recipe
+from upweight.task.recipe import Recipe, Trained
 from upweight.task.task import Task
 from upweight.training.kept import kept_trainer
 from upweight.training.weights import removal_weights
@@ -382,6 +382,8 @@ class Cleansed(Outcome):
         failed: Fits that did not end, in words.
         sizes: Triggered images that chose, and that report; clean ones.
         theta: θ of the chosen fit.
+        others: What else of it is its own, by name: running statistics and frozen layers. The model
+            is `task.moved_to(found.theta, found.others).model`.
     """
 
     target: int
@@ -393,6 +395,7 @@ class Cleansed(Outcome):
     failed: tuple[str, ...]
     sizes: tuple[int, int, int]
     theta: Float[Tensor, " p"] = field(repr=False)
+    others: Mapping[str, Tensor] = field(repr=False, default_factory=dict)
 
     @property
     def predicted(self) -> list[float | None]:
@@ -503,7 +506,8 @@ def cleanse(
 
     The number of rows is chosen without the truth: the fewest whose refit has the upper end of the
     interval of attack success below `limit` on one half of `triggered`; where there is none, the
-    one with the lowest success. What is reported is measured on the other half.
+    one with the lowest success. What is reported is measured on the other half, each model with
+    running statistics of its own where the recipe is a function that trains them.
 
     Args:
         recipe: How the model was trained; from the start, not from θ̂.
@@ -550,25 +554,30 @@ def cleanse(
     trainer = kept_trainer(recipe, task, train, using)
     failed: list[str] = []
 
-    def fit(name: str, rows: Sequence[int]) -> Float[Tensor, " p"] | None:
+    def fit(name: str, rows: Sequence[int]) -> Trained | None:
         weights = removal_weights(n, [list(rows)]) if rows else torch.ones(1, n)
         made = trainer(weights.to(fitted.theta))
         if made.failures:
             failed.append(f"{name}, {len(rows)} rows: {made.failures[0]}")
             return None
-        return made.alone().to(fitted.theta)
+        return made
+
+    def model(made: Trained) -> tuple[Task, Float[Tensor, " p"]]:
+        return made.task_of(task, 0), made.theta[0].to(fitted.theta)
 
     start = fit("all rows", ())
     if start is None:
         raise _no_fit(failed)
-    right, first = _right(task, start, tests), rankings[0]
+    whole, first = model(start), rankings[0]
+    right = _right(*whole, tests)
     nothing = Estimate(0.0, 0.0, 0.0)
 
-    def measured(name: str, rows: Sequence[int], theta: Tensor, ranking: Suspects) -> Removed:
-        now = _right(task, theta, tests)
-        choosing, success = (_success(task, theta, half, target) for half in halves)
-        at = _value(task, theta, ranking.queries, ranking.question)
-        was = _value(task, start, ranking.queries, ranking.question)
+    def measured(name: str, rows: Sequence[int], made: Trained, ranking: Suspects) -> Removed:
+        here = model(made)
+        now = _right(*here, tests)
+        choosing, success = (_success(*here, half, target) for half in halves)
+        at = _value(*here, ranking.queries, ranking.question)
+        was = _value(*whole, ranking.queries, ranking.question)
         predicted = None
         if ranking.fitted.spec.unit is Unit.DERIVATIVE and not ranking.states:
             predicted = -float(ranking.predicted[list(rows)].sum())
@@ -581,14 +590,14 @@ def cleanse(
 
     before = measured("all rows", (), start, first)
     curve: list[Removed] = []
-    models: list[Tensor] = []
+    models: list[Trained] = []
     for ranking in rankings:
         order = ranking.order.tolist()
         for count in tried:
-            theta = fit(ranking.method, order[:count])
-            if theta is not None:
-                curve.append(measured(ranking.method, order[:count], theta, ranking))
-                models.append(theta)
+            made = fit(ranking.method, order[:count])
+            if made is not None:
+                curve.append(measured(ranking.method, order[:count], made, ranking))
+                models.append(made)
     if not curve:
         raise _no_fit(failed)
     place = _chosen(curve, limit)
@@ -598,12 +607,14 @@ def cleanse(
     drawn = torch.randperm(len(rows), generator=stream("cleanse control", seed))
     random = sorted(rows[drawn[: chosen.count]].tolist())
     name = "random rows of the class" if len(rows) < n else "random rows"
-    theta = fit(name, random)
-    control = None if theta is None else measured(name, random, theta, first)
+    made = fit(name, random)
+    control = None if made is None else measured(name, random, made, first)
     sizes = (len(halves[0]), len(halves[1]), len(tests))
+    kept = models[place]
     return Cleansed(
-        target, limit, before, tuple(curve), chosen, control, tuple(failed), sizes, models[place]
-    )
+        target, limit, before, tuple(curve), chosen, control, tuple(failed), sizes,
+        kept.theta[0].to(fitted.theta), kept.others[0] if kept.others else {},
+    )  # fmt: skip
 
 
 def _chosen(curve: Sequence[Removed], limit: float) -> int:

@@ -12,8 +12,8 @@ is halved as long as that lowers the objective of the changed data,
 
     J̃(θ̂ + tΔθ),  J̃(θ) = (1/n) Σ_{i∉U} ℓ(θ; xᵢ, ỹᵢ) + R(θ),      t = 1, ½, ¼, …
 
-and the prediction is that of θ̂ + tΔθ; where J is quadratic t = 1. The refit by the recipe says what
-comes of it.
+and the prediction is that of θ̂ + tΔθ, with the running statistics of θ̂; where J is quadratic t = 1.
+The refit by the recipe, measured with its own, says what comes of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ from upweight.runtime.resources import Resources
 from upweight.task.data import Data
 from upweight.task.identity import contents
 from upweight.task.measures import Loss, measured
-from upweight.task.recipe import Recipe
+from upweight.task.recipe import Recipe, Trained
 from upweight.task.task import Task
 from upweight.training.function import FromFunction
 from upweight.training.kept import Kept, training_identity
@@ -288,9 +288,9 @@ def repaired(
             "a training loop that holds its own data.",
             "train on suspects.data(decisions) yourself; or only drop rows.",
         )
-    here = _values(fitted, classes, fitted.theta, test)
+    here = _values(task, classes, fitted.theta, test)
     step, share = movement(fitted, decisions)
-    moved = _values(fitted, classes, fitted.theta + step, test)
+    moved = _values(task, classes, fitted.theta + step, test)
     if share < 1:
         notes = (*notes, TOO_LONG.format(share=share))
     weights = torch.ones(len(train), dtype=torch.float64)
@@ -299,14 +299,16 @@ def repaired(
     weights[list(decisions.dropped)] = 0.0
     changed = with_labels(task, train, decisions.labels) if decisions.labels else train
     second = refitted(kept, recipe, task, changed, weights)
-    if torch.equal(first, second):
+    if torch.equal(first.theta, second.theta):
         raise SpecError(
             "A recipe must fit the data that it is given: their labels have changed.",
             f"{recipe!r}, which gave the same parameters for both, bit for bit.",
             "a recipe that holds its own data.",
             "train on suspects.data(decisions) yourself.",
         )
-    before, after = (_values(fitted, classes, theta, test) for theta in (first, second))
+    before, after = (
+        _values(each.task_of(task, 0), classes, each.theta[0], test) for each in (first, second)
+    )
     drift = float((before[1] - here[1]).mean())
     if abs(drift) > 0.01:
         notes = (
@@ -328,10 +330,9 @@ def repaired(
 
 
 def _values(
-    fitted: Fitted, classes: Classes, theta: Float[Tensor, " p"], data: Data
+    task: Task, classes: Classes, theta: Float[Tensor, " p"], data: Data
 ) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
     """Loss, and whether it is right, of every row."""
-    task = fitted.task
     return (
         measured(task, theta, data, Loss()).cpu(),
         measured(task, theta, data, IsRight(classes)).cpu(),
@@ -351,8 +352,8 @@ def refitted(
     task: Task,
     data: Data,
     weights: Float[Tensor, " n"],
-) -> Float[Tensor, " p"]:
-    """θ of the recipe's fit to some data under some weights.
+) -> Trained:
+    """The one model of the recipe's fit to some data under some weights.
 
     Raises:
         NotConverged: The recipe failed.
@@ -366,4 +367,4 @@ def refitted(
             "a class of which no row is left, or too few steps.",
             "drop fewer rows, or loosen the recipe.",
         )
-    return trained.alone()
+    return trained

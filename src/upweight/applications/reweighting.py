@@ -34,7 +34,6 @@ from upweight.applications.held_out import (
     Refits,
     classes_of,
     columns,
-    held,
     mean_loss_scores,
     splits,
     weighing_one,
@@ -50,8 +49,8 @@ from upweight.plot import axes
 from upweight.runtime.resources import Resources
 from upweight.scores import Unit
 from upweight.task.data import Data
-from upweight.task.measures import Loss, measured
-from upweight.task.recipe import Recipe
+from upweight.task.measures import Loss
+from upweight.task.recipe import Recipe, Trained
 
 Rule: TypeAlias = Literal["exact", "lookahead"]
 """The direction of a step."""
@@ -215,6 +214,9 @@ def reweight(
 ) -> Weights:
     """Weights of the training rows for a validation set, with the number of steps cross-fitted.
 
+    Each model is measured, and the method fitted to it, with running statistics of its own where
+    the recipe is a function that trains them; ∂L/∂w takes them for constants.
+
     Args:
         asked: What `Method.fit` gave; or a fitted scikit-learn estimator or statsmodels results.
         recipe: How the model is fitted again; an estimator's own where None.
@@ -257,14 +259,14 @@ def reweight(
     split = splits(fitted, validation, test, seed)
     n = len(fitted.train)
     starts = _starts(refits)
-    thetas = _trained(refits, starts)
+    begun = _trained(refits, starts)
     task = fitted.task
 
-    before = {k: measured(task, t, split.validation, Loss()).cpu() for k, t in thetas.items()}
+    before = {k: at.measured(task, split.validation, Loss())[0] for k, at in begun.items()}
     start = min(before, key=lambda name: float(before[name].mean()))
-    notes = [f"{k} do not train" for k in starts if k not in thetas]
+    notes = [f"{k} do not train" for k in starts if k not in begun]
     walk = Walk(refits, rule, radius, steps)
-    first = (starts[start], thetas[start])
+    first = (starts[start], begun[start])
     a, b = split.halves
     crossed = [walk.losses(walk.points(a, *first), b), walk.losses(walk.points(b, *first), a)]
     length = min(len(part) for part in crossed)
@@ -285,13 +287,13 @@ def reweight(
         )
         for k, (w, _) in enumerate(whole)
     )
-    w, theta = whole[taken]
+    w, model = whole[taken]
     # The halves hold the validation examples in another order: pair by example.
-    equal = torch.cat([measured(task, thetas[EQUAL], half, Loss()).cpu() for half in (b, a)])
+    equal = torch.cat([begun[EQUAL].measured(task, half, Loss())[0] for half in (b, a)])
     models: dict[str, Held] = {}
     if split.test is not None:
-        models = {k: held(task, t, split.test, bootstrap) for k, t in thetas.items()}
-        models["these"] = held(task, theta, split.test, bootstrap)
+        models = {k: refits.held(at, split.test, bootstrap) for k, at in begun.items()}
+        models["these"] = refits.held(model, split.test, bootstrap)
     judged = bool(models)
     return Weights(
         w=w,
@@ -322,14 +324,14 @@ class Walk:
         self.notes: list[str] = []
 
     def points(
-        self, guide: Data, w: Float[Tensor, " n"], theta: Float[Tensor, " p"]
-    ) -> list[tuple[Float[Tensor, " n"], Float[Tensor, " p"]]]:
-        """(w, θ(w)) at the start and after each step; shorter where the path ends sooner."""
-        found = [(w, theta)]
+        self, guide: Data, w: Float[Tensor, " n"], model: Trained
+    ) -> list[tuple[Float[Tensor, " n"], Trained]]:
+        """(w, 𝒜(w)) at the start and after each step; shorter where the path ends sooner."""
+        found = [(w, model)]
         step = entropic_step if self.rule == "exact" else lookahead_step
         for k in range(1, self.steps + 1):
             # None where no direction leads down.
-            following = step(w, self.slope(guide, w, theta), self.radius)
+            following = step(w, self.slope(guide, w, model), self.radius)
             if following is None:
                 self.notes.append(f"a path ended after {k - 1} steps: no row lowers the loss")
                 break
@@ -337,23 +339,21 @@ class Walk:
             if isinstance(trained, str):
                 self.notes.append(f"a path ended after {k - 1} steps: {trained}")
                 break
-            w, theta = following, trained
-            found.append((w, theta))
+            w, model = following, trained
+            found.append((w, model))
         return found
 
     def losses(
-        self, points: list[tuple[Float[Tensor, " n"], Float[Tensor, " p"]]], data: Data
+        self, points: list[tuple[Float[Tensor, " n"], Trained]], data: Data
     ) -> Float[Tensor, "t q"]:
         """ℓ of every example at every point."""
         task = self.refits.fitted.task
-        return torch.stack([measured(task, theta, data, Loss()).cpu() for _, theta in points])
+        return torch.cat([model.measured(task, data, Loss()) for _, model in points])
 
-    def slope(
-        self, guide: Data, w: Float[Tensor, " n"], theta: Float[Tensor, " p"]
-    ) -> Float[Tensor, " n"]:
+    def slope(self, guide: Data, w: Float[Tensor, " n"], model: Trained) -> Float[Tensor, " n"]:
         """∂L/∂wᵢ at w, or with η in place of H⁻¹."""
         method = None if self.rule == "exact" else GradientDot()
-        here = self.refits.at_weights(theta, w, method)
+        here = self.refits.at_weights(model, w, method)
         by_log = mean_loss_scores(here, weighing_one(here, guide))
         # Scores of wᵢ ℓᵢ in a factor are wᵢ ∂L/∂wᵢ. A row of weight 0 never comes back.
         return torch.where(w > 0, by_log / w, 0.0)
@@ -435,10 +435,8 @@ def _starts(refits: Refits) -> dict[str, Float[Tensor, " n"]]:
     return starts
 
 
-def _trained(
-    refits: Refits, starts: Mapping[str, Float[Tensor, " n"]]
-) -> dict[str, Float[Tensor, " p"]]:
-    """θ by start; those that do not train are left out.
+def _trained(refits: Refits, starts: Mapping[str, Float[Tensor, " n"]]) -> dict[str, Trained]:
+    """Models by start; those that do not train are left out.
 
     Raises:
         NotConverged: The model does not train with equal weights.
@@ -451,7 +449,7 @@ def _trained(
             "a recipe of another model, or one with too few steps.",
             "check the recipe alone: recipe.prepare(task, train)(torch.ones(1, n)).failures.",
         )
-    return {name: theta for name, theta in found.items() if not isinstance(theta, str)}
+    return {name: model for name, model in found.items() if not isinstance(model, str)}
 
 
 def _require_meant(steps: Any, radius: Any, rule: Any) -> None:

@@ -35,7 +35,6 @@ from upweight.applications.held_out import (
     Splits,
     columns,
     draw_intervals,
-    held,
     mean_loss_scores,
     splits,
     weighing_one,
@@ -193,6 +192,8 @@ def subset(
     refitted model of its last round but one, and such a step from there. The interval draws
     validation examples. The rows themselves are chosen on all of the validation set. The refit
     has wᵢ = 0 for the rows that leave: the objective keeps its 1/n and its penalty, as everywhere.
+    A refit is measured, and "iterated" fits the method to it, with running statistics of its own;
+    a Newton step keeps those from where it starts.
 
     Args:
         asked: What `Method.fit` gave; a fitted scikit-learn estimator or statsmodels results; or
@@ -314,9 +315,10 @@ class Trial:
         before = choice.before
         asked = queries if before is fitted else weighing_one(before, queries)
         steps = before.removal(asked, Loss(), [choice.left], evaluate="plugin")
+        # `before` may have running statistics of its own, in its task.
         here, start = (
-            measured(fitted.task, theta, queries, Loss()).cpu()
-            for theta in (before.theta, fitted.theta)
+            measured(at.task, at.theta, data, Loss()).cpu()
+            for at, data in ((before, asked), (fitted, queries))
         )
         return steps.values[:, 0].cpu().double() + here - start
 
@@ -350,14 +352,14 @@ class Trial:
             if k == ROUNDS or len(kept) == self.m:
                 break
             weights = _only(n, kept)
-            theta = self.refits.attempted(weights)
-            if isinstance(theta, str):
+            model = self.refits.attempted(weights)
+            if isinstance(model, str):
                 self.notes.append(
-                    f"round {k} of {ROUNDS} did not train ({theta}): the rows still to leave were "
+                    f"round {k} of {ROUNDS} did not train ({model}): the rows still to leave were "
                     "chosen by the scores of the round before"
                 )
                 break
-            here, rows = self.refits.at_weights(theta, weights, None), kept
+            here, rows = self.refits.at_weights(model, weights, None), kept
             asked = weighing_one(here, guide)
         return _choice(here, rows, order[: self.m])
 
@@ -422,11 +424,11 @@ def _confirmed(
     models: dict[str, Any] = {}
     notes = list(found.notes)
     for name, (words, weights) in plans.items():
-        theta = refits.attempted(weights)
-        if isinstance(theta, str):
-            notes.append(f"the refit on {words} did not train: {theta}")
+        model = refits.attempted(weights)
+        if isinstance(model, str):
+            notes.append(f"the refit on {words} did not train: {model}")
         else:
-            models[name] = held(refits.fitted.task, theta, test, bootstrap)
+            models[name] = refits.held(model, test, bootstrap)
     found = replace(found, notes=tuple(notes), **models)
     if found.kept is None or found.everything is None:
         return found

@@ -40,6 +40,8 @@ from upweight.applications.subject import curvature_left_out
 from upweight.errors import NonFinite
 from upweight.methods.fitted import Fitted
 from upweight.task.data import Data
+from upweight.task.recipe import Trained
+from upweight.task.task import Task
 
 SHORTER = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 """Shares of a step that are tried where steps are too long."""
@@ -66,7 +68,7 @@ def suspicions(
     alone = fitted.loo_outputs(curvature_left_out(fitted))
     trusted = _Trusted(fitted, classes, held)
     n, left_out = len(labels), -1
-    calibrated = trusted.calibration(fitted.theta)
+    calibrated = trusted.calibration(fitted.task, fitted.theta)
     losses = calibrated(classes.losses(alone))
     for _ in range(ROUNDS):
         against = _margins(losses, labels) > 0
@@ -99,7 +101,7 @@ def suspicions(
             )
             return _by_shares(trusted, outputs, labels, given, why)
         own = torch.where(against.reshape(-1, *[1] * (alone.ndim - 1)), 0.0, alone - outputs)
-        calibrated = trusted.calibration(theta)
+        calibrated = trusted.calibration(fitted.task, theta)
         losses = calibrated(classes.losses(moved + own))
     return losses, _margins(losses, labels), trusted.notes(calibrated)
 
@@ -112,11 +114,11 @@ class _Trusted:
     classes: Classes
     held: Data | None
 
-    def calibration(self, theta: Float[Tensor, " p"]) -> Calibration:
-        """That of the model at θ; none without trusted rows."""
+    def calibration(self, task: Task, theta: Float[Tensor, " p"]) -> Calibration:
+        """That of the task's model at θ; none without trusted rows."""
         if self.held is None:
             return Calibration(1.0, torch.zeros(len(self.classes.names), dtype=torch.float64))
-        outputs, targets = outputs_at(self.fitted.task, theta, self.held)
+        outputs, targets = outputs_at(task, theta, self.held)
         labels = torch.cat([self.classes.indices(each) for each in targets])
         return calibration(self.classes.losses(outputs), labels)
 
@@ -143,7 +145,7 @@ def _by_shares(
     """The same where steps are too long: by the model's own margins, and a note of why."""
     fitted, classes = trusted.fitted, trusted.classes
     theta, taken = fitted.theta, 0.0
-    losses = trusted.calibration(theta)(classes.losses(outputs))
+    losses = trusted.calibration(fitted.task, theta)(classes.losses(outputs))
     against = _margins(losses, labels) > 0
     rows = against.nonzero()[:, 0].tolist()
     if 0 < len(rows) <= len(labels) // 2:
@@ -157,7 +159,7 @@ def _by_shares(
             stay = own_losses(labels, classes.losses(there))[~against].mean()
             if bool(stay < least):
                 least, outputs, taken, theta = stay, there, share, fitted.theta + share * step
-    calibrated = trusted.calibration(theta)
+    calibrated = trusted.calibration(fitted.task, theta)
     losses = calibrated(classes.losses(outputs))
     margins = _margins(losses, labels)
     h = fitted.leverage("others")  # below 1 whatever the curvature by layer is
@@ -177,13 +179,13 @@ def by_refit(
     fitted: Fitted,
     classes: Classes,
     labels: Int[Tensor, " n"],
-    theta: Float[Tensor, " p"],
+    model: Trained,
     held: Data | None,
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, " n"], tuple[str, ...]]:
-    """ℓ of every label, mᵢ and notes, at the θ of a fit without the suspects."""
-    trusted = _Trusted(fitted, classes, held)
-    calibrated = trusted.calibration(theta)
-    losses = calibrated(classes.losses(outputs_at(fitted.task, theta, fitted.train)[0]))
+    """ℓ of every label, mᵢ and notes, by a fit without the suspects."""
+    trusted, here = _Trusted(fitted, classes, held), (model.task_of(fitted.task, 0), model.theta[0])
+    calibrated = trusted.calibration(*here)
+    losses = calibrated(classes.losses(outputs_at(*here, fitted.train)[0]))
     return losses, _margins(losses, labels), trusted.notes(calibrated)
 
 

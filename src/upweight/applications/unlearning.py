@@ -34,6 +34,7 @@ from upweight.errors import (
     NotConverged,
     NotOffered,
     SpecError,
+    listed,
 )
 from upweight.linalg.damping import damped
 from upweight.methods.dense import DenseScorer
@@ -51,6 +52,19 @@ from upweight.training.weights import removal_weights
 
 __all__ = ["Certificate", "Certified", "Removal", "Unlearned", "without"]
 
+OTHERS = (
+    "the refit has its own {names}, which outputs and losses are measured with; the unlearned "
+    "model keeps those of the model as it was, which know the removed examples, and distances in "
+    "the parameters leave them out"
+)
+"""Of a refit that is more than its parameters."""
+
+OTHERS_OF_ALL = (
+    "even with all the data the recipe ends with {names} other than the model's: that part is no "
+    "unlearning"
+)
+"""Of such a recipe that does not end at the model."""
+
 DRIFT = 0.1
 """Share of the refit's movement that may be the recipe's own before a note says so."""
 
@@ -58,6 +72,8 @@ DRIFT = 0.1
 @dataclass(frozen=True)
 class Change:
     """What became of outputs and losses: before, after unlearning, after the refit.
+
+    A refit is measured with its own running statistics, unlearning with those of θ̂.
 
     Args:
         outputs: Change of the outputs of the queries by unlearning, `[q, c]`.
@@ -77,7 +93,8 @@ class Unlearned(Outcome):
     """A model without some examples, beside the one that was fitted without them.
 
     Args:
-        model: A new module at θ₋; of a scikit-learn estimator a copy of it with these coefficients.
+        model: A new module at θ₋, with the running statistics that the model had; of a scikit-learn
+            estimator a copy of it with these coefficients.
         parameters: θ₋, by name.
         examples: Who was removed.
         n: Training examples before.
@@ -160,7 +177,7 @@ class Unlearned(Outcome):
             *self.doubts,
             "no certificate: nothing is promised of what can still be learned about the removed "
             "examples, from these parameters or from what else was taken of all the data (scalers, "
-            "vocabularies, chosen settings)",
+            "vocabularies, running statistics, chosen settings)",
         ]
         if self.drift is not None and self.moved is not None and self.drift > DRIFT * self.moved:
             said.append(
@@ -221,6 +238,10 @@ def without(
 ) -> Unlearned:
     """The model without some training examples, and how far it is from a refit.
 
+    A step moves θ alone: running statistics of batch normalization stay those of the model as it
+    was. A refit by a function has its own, which its outputs and losses are measured with; ‖·‖ is
+    of θ alone.
+
     Args:
         asked: A fitted method; or a fitted scikit-learn estimator, or statsmodels results.
         examples: Who is removed, together.
@@ -270,7 +291,9 @@ def without(
     asked_of = data if queries is None else task.queries(queries)
     removed = data.subset(group)
 
-    def outcome(refit: Tensor | None, drift: float | None, norm: float | None) -> Unlearned:
+    def outcome(
+        refit: tuple[Task, Tensor] | None, drift: float | None, norm: float | None
+    ) -> Unlearned:
         return Unlearned(
             model=with_parameters(asked, task, theta),
             parameters=dict(task.named(theta)),
@@ -279,7 +302,7 @@ def without(
             how=how,
             layout=task.layout,
             predicted=theta - fitted.theta,
-            actual=None if refit is None else refit - fitted.theta,
+            actual=None if refit is None else refit[1] - fitted.theta,
             drift=drift,
             gradients=tuple(gradients),
             refit_gradient=norm,
@@ -302,10 +325,14 @@ def without(
             "the outcome without a refit is in error.solution, or pass confirm=False.",
             solution=outcome(None, None, None),
         )
-    full, refit = (each.alone().to(fitted.theta) for each in made)
+    full, refit = (each.theta[0].to(fitted.theta) for each in made)
+    for each, said in zip(made, (OTHERS_OF_ALL, OTHERS), strict=True):
+        if each.others:
+            doubts.append(said.format(names=listed(list(each.others[0]))))
     norm = float(made[1].gradient_norms[0])
     drift = float((full - fitted.theta).norm())
-    return outcome(refit, drift, norm if norm == norm else None)
+    own = made[1].task_of(task, 0)
+    return outcome((own, refit), drift, norm if norm == norm else None)
 
 
 def _stepped(
@@ -359,12 +386,17 @@ def _stepped(
 
 
 def _change(
-    task: Task, queries: Data, removed: Data, before: Tensor, after: Tensor, refit: Tensor | None
+    task: Task,
+    queries: Data,
+    removed: Data,
+    before: Tensor,
+    after: Tensor,
+    refit: tuple[Task, Tensor] | None,
 ) -> Change:
     """Outputs and losses at each θ."""
-    at = [before, after] + ([] if refit is None else [refit])
-    outputs, losses = zip(*(_measured(task, queries, theta) for theta in at), strict=True)
-    forgotten = [_measured(task, removed, theta)[1] for theta in at]
+    at = [(task, before), (task, after)] + ([] if refit is None else [refit])
+    outputs, losses = zip(*(_measured(*model, queries) for model in at), strict=True)
+    forgotten = [_measured(*model, removed)[1] for model in at]
     return Change(
         outputs[1] - outputs[0],
         None if refit is None else outputs[2] - outputs[0],
@@ -373,7 +405,7 @@ def _change(
     )
 
 
-def _measured(task: Task, data: Data, theta: Tensor) -> tuple[Float[Tensor, "q c"], float]:
+def _measured(task: Task, theta: Tensor, data: Data) -> tuple[Float[Tensor, "q c"], float]:
     """Outputs, one row a query, and the mean loss."""
     rows, losses = [], []
     with torch.no_grad():
