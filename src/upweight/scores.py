@@ -34,7 +34,7 @@ from upweight.notation import count, noun_of, written
 from upweight.notation import readable as readable_number
 from upweight.plot import Plot
 from upweight.provenance import Answered, Context, Provenance, Role
-from upweight.runtime import callers
+from upweight.runtime import callers, evaluations
 from upweight.runtime.headers import Misfit, fitting, stale
 from upweight.runtime.matrix import StoredMatrix, Tile
 from upweight.runtime.selection import (
@@ -662,17 +662,20 @@ class Scores(Answered):
     def load(cls, directory: Folder) -> "Scores":
         """Read what `save` or `Shards(folder)` wrote. The live context is not part of it.
 
+        What `upweight evaluate RUN` found is the last of `checks` of the scores in RUN/scores.
+
         Raises:
             FileNotFoundError: There are no scores in the directory.
             SpecError: They do not fit into memory; see `open`.
             ShapeError: Some are missing.
-            StaleStore: They are damaged, or of another version.
+            StaleStore: They are damaged, or of another version; or what was found is, or is of
+                other scores.
         """
         found, told = stored_in(directory)
         has_error = "error" in found.read(found.names()[0])
         error = found.part("error", range(len(found))) if has_error else None
         of = (told.unit, told.provenance, error, told.columns)
-        return cls(found.values(), *of, checks=[*told.checks])
+        return cls(found.values(), *of, checks=_checks_of(found, told))
 
     @classmethod
     def open(cls, directory: Folder) -> "Scores":
@@ -689,7 +692,7 @@ class Scores(Answered):
         found, told = stored_in(directory)
         found.verify()
         of = (told.unit, told.provenance)
-        return StoredScores(found, *of, columns=told.columns, checks=[*told.checks])
+        return StoredScores(found, *of, columns=told.columns, checks=_checks_of(found, told))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -729,6 +732,16 @@ def stored_in(directory: Folder) -> tuple[StoredMatrix, ToldOfScores]:
         way_out = f"delete the file and ask again: {AGAIN}; nothing is computed again."
         raise stale(found.directory / FINISHED, misfit, way_out) from misfit
     return found, told
+
+
+def _checks_of(found: StoredMatrix, told: ToldOfScores) -> list[Any]:
+    """The verdict that was saved with scores, and that which `upweight evaluate` kept of a run."""
+    kept = evaluations.read(evaluations.beside(found.directory), found.digest)
+    halves = kept.get(evaluations.HALVES)
+    if halves is None:
+        return [*told.checks]
+    verdict, models, notes = Verdict(halves["verdict"]), halves["models"], tuple(halves["notes"])
+    return [*told.checks, Checked(verdict, halves["reason"], models, notes)]
 
 
 def _told(context: Context, role: Role, indices: Sequence[int]) -> list[str]:

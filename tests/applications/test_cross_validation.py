@@ -298,6 +298,56 @@ def test_no_draw_no_interval_and_all_refits_no_error():
     assert every.missed == pytest.approx(float((every.exact - every.approximate).mean()))
 
 
+def drawn(misses, losses=None, draws=3):
+    """Cross-validation of 40 examples of which `draws` were refitted, each chance 1/40."""
+    losses = torch.linspace(0.0, 2.0, 40) if losses is None else losses
+    exact = losses.clone()
+    exact[: len(misses)] += torch.tensor(misses)
+    at = tuple(range(draws))
+    return cv.CrossValidated(
+        kind="leave-one-out", approximate=losses, exact=exact, train_losses=losses,
+        outputs=losses[:, None], leverage=None, groups=tuple((i,) for i in range(40)),
+        refitted=at, sampled=at, chances=torch.full((40,), 1 / 40),
+    )  # fmt: skip
+
+
+def test_what_is_confirmed_is_the_whole_interval_of_what_one_fit_misses():
+    """By hand: z = misses here, √(Σ z² / 6) and t = 4.3027 for two degrees of freedom."""
+    z = [0.03, -0.02, 0.01]
+    found = holds(drawn(z))
+    half = 4.302653 * (sum(v * v for v in z) / 6) ** 0.5
+    middle = sum(z) / 3
+    assert found.missed_interval == pytest.approx((middle - half, middle + half), rel=1e-5)
+    assert found.missed < half < found.standard_error and found.is_confirmed
+
+    wide = holds(drawn([0.15, -0.1, 0.0]))
+    assert abs(wide.missed) < wide.standard_error < wide.missed_interval[1]
+    assert not wide.is_confirmed
+    assert "reaches beyond a standard error: it is not confirmed" in wide.verdict
+    far = holds(drawn([0.5, 0.4, 0.6]))
+    assert not far.is_confirmed and "more than a standard error" in far.verdict
+    for unknown in (drawn([0.0, 0.0, 0.0]), drawn([0.01], draws=1)):  # no refit differs; one draw
+        assert not np.isfinite(holds(unknown).missed_interval).any()
+        assert not unknown.is_confirmed and unknown.verdict.endswith(": it is not confirmed.")
+
+
+def test_a_difference_is_confirmed_by_its_own_standard_error():
+    """Two models whose losses vary together: each is confirmed, what they differ by is not."""
+    losses = torch.linspace(0.0, 2.0, 40)
+    near = losses + 0.01 + 0.01 * torch.sin(torch.arange(40.0))
+    first, second = drawn([0.02, -0.01, 0.01], near), drawn([0.01, -0.02, 0.01], losses)
+    found = holds(cv.difference(first, second))
+    assert first.is_confirmed and second.is_confirmed and found.actual is not None
+    (low, high), (a, b) = first.missed_interval, second.missed_interval
+    assert found.missed_interval == (low - b, high - a)
+    assert found.standard_error < high - a and not found.is_confirmed
+    assert "not confirmed by refits of both" in found.verdict
+
+    apart = losses.flip(0)
+    other = holds(cv.difference(drawn([0.02, -0.01, 0.01], apart), second))
+    assert other.standard_error > max(map(abs, other.missed_interval)) and other.is_confirmed
+
+
 def test_verdicts_name_the_loss():
     X, y = cancer(60)
     first, second = (cv.loo(logistic(C, 60), (X, y)) for C in (1.0, 0.1))

@@ -1,6 +1,7 @@
 """Suspects against refits by scikit-learn, repairs against fits by hand."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ import upweight as uw
 from tests.applications.outcomes import holds
 from upweight.applications import debugging
 from upweight.applications.calibration import calibration
+from upweight.applications.repair import decided, movement
 from upweight.applications.suspicion import SHORTER
 from upweight.errors import (
+    AssumptionWarning,
     DataError,
     MissingContext,
     NotOffered,
     SpecError,
     UnsupportedModel,
 )
+from upweight.task.measures import measured
 from upweight.training import FromFunction, Newton
 
 pytestmark = pytest.mark.filterwarnings("ignore::upweight.errors.AssumptionWarning")
@@ -181,6 +185,41 @@ def test_what_makes_it_worse_is_not_called_repaired(found):
     result = holds(found.apply(harm, held))
     assert not result.is_confirmed and "harm" in result.verdict
     assert any("ranked" in note for note in result.notes)
+
+
+def test_a_prediction_warns_where_nothing_supports_its_size(found):
+    """As `Scores.predict` does, for the reason that the method's scores give."""
+    X, labels, truth, held, test = digits(n=150, wrong=20)
+    exact = debugging.suspects(RidgeClassifier(alpha=2.0).fit(X, labels), (X, labels), held)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exact.predict({int(i): truth[i] for i in exact.order[:10]}, test)
+    assert not any("sizes" in note for note in exact.notes)
+
+    fitted = uw.Influence(uw.EKFAC()).fit(found.subject.fitted.task, found.subject.fitted.train)
+    ours, why = debugging.suspects(fitted, validation=held), fitted.attribute(held).against_sizes
+    assert "not known to be exact" in why
+    made = ours.proposed(10)
+    with pytest.warns(AssumptionWarning, match=f"nothing supports the size.*{why}") as warned:
+        said = ours.predict(made, test)
+    assert warned[0].filename == __file__ and "suspects.apply(decisions, test)" in str(warned[0])
+    assert any(why in note for note in ours.notes)
+    step, _ = movement(fitted, decided(made, ours.classes, ours.labels))
+    there = measured(fitted.task, fitted.theta + step, fitted.task.queries(test), uw.Loss())
+    assert said[0] == pytest.approx(float(there.mean()))
+
+
+def test_a_prediction_warns_where_its_step_is_cut_short():
+    """An exact method on a convex objective, whose Newton step overshoots."""
+    X, labels, truth, held, test = digits(n=60, wrong=30)
+    model = LogisticRegression(C=100.0, solver="newton-cholesky", tol=1e-10).fit(X, labels)
+    ours = debugging.suspects(model, (X, labels))
+    fitted, made = ours.subject.fitted, {i: truth[i] for i in range(60) if truth[i] != labels[i]}
+    assert not fitted.attribute(held).against_sizes
+    _, share = movement(fitted, decided(made, ours.classes, ours.labels))
+    assert share < 1
+    with pytest.warns(AssumptionWarning, match=f"the prediction is that of {share:g} of it"):
+        ours.predict(made, test)
 
 
 class Pairs(torch.utils.data.Dataset):

@@ -322,6 +322,28 @@ def test_causes_point_at_the_labels_that_were_held_back():
     assert [c.actual is not None for c in by.causes] == [True, True, False]
 
 
+def test_rows_account_for_a_gap_by_the_interval_of_what_is_left():
+    """Against drawing the validation rows again, with the same two fits."""
+    got = fairness.causes(CLF, (XV, YV), fairness.gap("demographic_parity", GV), train=(X, Y))
+    weights = np.ones(600)
+    weights[list(got.rows)] = 0
+    clf = LogisticRegression(C=1.0, tol=1e-10)
+    p = [clf.fit(X, Y, sample_weight=w).predict_proba(XV)[:, 1] for w in (weights, weights * 0 + 1)]
+    draw, ratios = np.random.default_rng(0), []
+    for _ in range(1000):
+        at = draw.integers(0, len(GV), len(GV))
+        after, before = (each[at][GV[at] == "b"].mean() - each[at][GV[at] == "a"].mean()
+            for each in p)  # fmt: skip
+        ratios.append(after / before)
+    assert got.left.value == pytest.approx((got.soft + got.actual) / got.soft)
+    assert np.quantile(ratios, (0.025, 0.975)) == pytest.approx((got.left.low, got.left.high),
+        abs=0.15 * (got.left.high - got.left.low))  # fmt: skip
+    assert got.is_confirmed
+    for ends in ({"high": 0.6}, {"low": -0.6}, {"low": np.nan, "high": np.nan}):
+        unsure = dataclasses.replace(got, left=dataclasses.replace(got.left, **ends))
+        assert not unsure.is_confirmed and "predicted, not confirmed" in unsure.verdict
+
+
 def test_intervals_of_shares_agree_with_drawing_validation_rows_again(fitted):
     gap = fairness.gap("demographic_parity", GV)
     got = fairness.causes(fitted, (XV, YV), gap).by(SOURCE)
@@ -489,8 +511,12 @@ def test_a_share_is_confirmed_by_a_refit_of_its_size_only():
     got = fairness.causes(CLF, (XV, YV), fairness.gap("demographic_parity", GV), train=(X, Y))
     by = got.by(SOURCE, "source", refits=1)
     assert by.is_confirmed and " carry, to first order, " in by.verdict
-    assert f"which takes away {-100 * by.actual / by.soft:.0f} % of it" in by.verdict
+    assert f"which takes away {-100 * by.actual / by.soft:.0f} % [" in by.verdict
     top = by.top
+    assert top.taken.value == pytest.approx(-top.actual / by.soft)
+    wide = dataclasses.replace(top.taken, low=0.4 * top.share.value)
+    unsure = dataclasses.replace(top, taken=wide)  # enough is taken away, by its estimate
+    assert not dataclasses.replace(by, causes=(unsure, *by.causes[1:])).is_confirmed
     much = dataclasses.replace(top, share=dataclasses.replace(top.share, value=3 * top.share.value))
     other = dataclasses.replace(by, causes=(much, *by.causes[1:]))
     assert not other.is_confirmed and "which is not confirmed" in other.verdict

@@ -256,8 +256,15 @@ def test_by_layer_and_in_single_precision_the_model_stays_as_it_was(noisy):
 
 
 def test_a_gain_that_the_refit_does_not_show_is_not_confirmed(picked):
-    worse = replace(picked, actual=Estimate(0.01, -0.02, 0.04))
+    worse = replace(picked, actual=Estimate(0.03, 0.02, 0.04))
     assert not holds(worse).is_confirmed and "does not agree" in worse.verdict
+    unsure = replace(picked, actual=Estimate(-0.01, -0.04, 0.02))
+    assert not holds(unsure).is_confirmed and "does not tell" in unsure.verdict
+    none = {"predicted": Estimate(0.0, -0.1, 0.1)}  # no gain expected: all of it says there is none
+    for actual, said in ((unsure.actual, "does not tell"), (picked.actual, "does not agree")):
+        other = replace(picked, actual=actual, **none)
+        assert not other.is_confirmed and said in other.verdict
+    assert replace(worse, **none).is_confirmed
     assert "no refit has tried it" in replace(picked, actual=None).verdict
 
 

@@ -7,6 +7,7 @@ import click
 import pytest
 
 from upweight.cli import demo, main
+from upweight.cli.screen import Terminated
 from upweight.errors import SpecError
 
 
@@ -67,6 +68,7 @@ def test_usage_errors_exit_with_2(upweight):
         (SpecError("λ was negative"), 1, "λ was negative"),
         (OSError(28, "No space left on device"), 1, "No space left"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated(), 143, "told to end (SIGTERM)"),
     ],
 )
 def test_failures_are_one_screen_without_a_traceback(

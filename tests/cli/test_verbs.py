@@ -18,9 +18,11 @@ from tests.runs.digests import digests
 from upweight import shards
 from upweight.cli.main import VERBS, cli
 from upweight.cli.spec import parse
+from upweight.errors import AssumptionWarning, StaleStore
 from upweight.methods.fitted import Fitted
 from upweight.runs import work
 from upweight.runs.directory import Run
+from upweight.runtime.headers import write_json
 from upweight.runtime.matrix import StoredMatrix
 from upweight.runtime.store import Store
 from upweight.scoring import stream
@@ -364,6 +366,34 @@ def test_evaluation_is_kept_and_the_report_says_it(finished):
     assert f"<b>{found['verdict']}:</b> {found['reason']}." in html.unescape(page)
     assert "upweight attribute project.py:task --train" in page
     assert "Ranked by self-influence" in page, "from the factors that the run has kept"
+
+
+def test_scores_of_a_run_carry_what_evaluate_found(finished):
+    folder = finished / "run" / "scores"
+    assert not uw.Scores.load(folder).checks
+    found = answer("evaluate", "run", "--recipe", "project.py:recipe", "--lds", "8")
+    shutil.copytree(folder, finished / "scores")
+    for scores in (uw.Scores.load(folder), uw.Scores.open("run/scores")):
+        (told,) = scores.checks
+        assert (told.verdict, told.reason) == (found["verdict"], found["reason"])
+        assert (told.models, [*told.notes]) == (found["models"], found["notes"])
+        with pytest.warns(AssumptionWarning, match="retraining said"):
+            scores.predict(drop=[0])
+    run = Run(finished / "run")
+    facts = run.evaluations()["halves"]
+    run.keep_evaluation("halves", facts | {"verdict": "Order and size"})
+    assert not uw.Scores.load(folder).against_sizes
+
+    # Beside scores that are in no run lies somebody else's file of this name.
+    (finished / "evaluation.json").write_text("{}")
+    assert not uw.Scores.load(finished / "scores").checks
+    kept = json.loads(run.evaluation.read_text()) | {"of": "others"}
+    kept.pop("digest")
+    write_json(run.evaluation, kept.pop("schema"), kept)
+    with pytest.raises(StaleStore, match="delete that file"):
+        uw.Scores.load(folder)
+    run.evaluation.unlink()
+    assert not uw.Scores.load(folder).checks
 
 
 def test_a_recipe_that_makes_another_model_is_kept_and_shown_first(finished):

@@ -8,6 +8,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -55,6 +56,22 @@ ATTRIBUTE = [
     "attribute", "project.py", "--method", "Influence(EKFAC(), damping=Relative(0.1))",
     "--memory", "3kB", "--out", "run",
 ]  # fmt: skip
+
+SLOW = """
+import os, time
+from pathlib import Path
+import upweight as uw
+from upweight.index.shards import Rows
+from project import *
+
+uw.Index.build.__func__.__kwdefaults__["shard"] = 32
+Path(f"pid-{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
+make = Rows._make
+def slowly(*arguments):
+    time.sleep(0.3)
+    make(*arguments)
+Rows._make = slowly
+"""
 
 INDEX = """
 import os
@@ -163,6 +180,35 @@ def test_torchrun_builds_the_index_of_one_process_and_asks_it_of_one(project):
     refused = torchrun(project, 2, "-m", "upweight", *top)
     assert refused.returncode != 0
     assert "index top is the work of one process" in refused.stderr
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_of_torchrun_that_is_killed_says_how_to_resume_the_index(project, killed):
+    """The launcher ends the other, which says so; the same command makes what is missing."""
+    (project / "slow.py").write_text(SLOW)
+    build = ["-m", "upweight", "index", "build", "slow.py:task", "--train", "slow.py:train"]
+    build += ["--bytes", "64", "--out", "index"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *build]
+    with subprocess.Popen(
+        start, cwd=project, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    ) as launcher:  # fmt: skip
+        deadline = time.monotonic() + SECONDS
+        while len(list((project / "index").glob("rows-*.safetensors"))) < 3:
+            assert time.monotonic() < deadline and launcher.poll() is None, launcher.communicate()
+            time.sleep(0.01)
+        os.kill(int((project / f"pid-{killed}").read_text()), signal.SIGKILL)
+        _, said = launcher.communicate(timeout=SECONDS)
+    assert launcher.returncode != 0
+    assert "told to end (SIGTERM)\nFinished work is kept. To resume: the same" in said
+    kept = numbers(project / "index")
+    again = torchrun(project, 2, *build)
+    assert again.returncode == 0, again.stderr
+    alone = [sys.executable, *build[:-1], "alone"]  # not here, where other tests would be slow
+    subprocess.run(alone, cwd=project, env=environment(), check=True, timeout=SECONDS)
+    made = numbers(project / "index")
+    assert made == numbers(project / "alone")
+    assert kept.items() < made.items()
 
 
 def test_ranks_that_call_from_python_build_one_index(project):

@@ -5,8 +5,10 @@ with validation data by harm: S[q, i] > 0 of their mean loss. Validation data wh
 trusted also calibrate the outputs.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -33,12 +35,13 @@ from upweight.applications.repair import (
 )
 from upweight.applications.subject import Subject, subject_of
 from upweight.applications.suspicion import by_refit, own_losses, suspicions
-from upweight.errors import DataError, MissingPackage, SpecError
+from upweight.errors import AssumptionWarning, DataError, MissingPackage, SpecError
 from upweight.evaluation.bootstrap import Bootstrap, Estimate, mean
 from upweight.methods.fitted import Fitted
 from upweight.methods.functionals import derivatives
 from upweight.methods.scorer import Asked, not_offered
 from upweight.plot import axes
+from upweight.runtime import callers
 from upweight.runtime.resources import Resources
 from upweight.scores import Unit
 from upweight.task.data import Data
@@ -66,6 +69,12 @@ LOSS = Loss()
 
 STEPS = 12
 """Points on the path of predicted gains."""
+
+SIZE_UNKNOWN = "nothing supports the size of this predicted change"
+"""How the warning of a prediction begins."""
+
+MEASURED_BY = "suspects.apply(decisions, test) fits again and measures it"
+"""The way out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,16 +178,32 @@ class Suspects(Outcome):
     def predict(self, decisions: Mapping[int, Any], queries: Any) -> tuple[float, float]:
         """(mean loss, accuracy) on some data that the decisions are predicted to give, at θ̂ + tΔθ.
 
-        Of a network these are the approximation's, whose size nothing supports: `apply` measures.
+        Where nothing supports the size of what the method predicts, as of a network, or where t is
+        not 1, an `AssumptionWarning` says why; the numbers are the same. `apply` measures.
 
         Raises:
             UpweightError: As for `apply`.
+
+        Cost: a solve and some passes over the training data; the first time one `attribute` more.
         """
         fitted, made = self.subject.fitted, decided(decisions, self.classes, self.labels)
-        data, theta = fitted.task.queries(queries), fitted.theta + movement(fitted, made)[0]
+        step, share = movement(fitted, made)
+        data, theta = fitted.task.queries(queries), fitted.theta + step
         both = (LOSS, IsRight(self.classes))
         loss, accuracy = (float(measured(fitted.task, theta, data, m).mean()) for m in both)
+        against = self._against_sizes or (TOO_LONG.format(share=share) if share < 1 else "")
+        if against:
+            callers.warn(f"{SIZE_UNKNOWN}: {against}. {MEASURED_BY}", AssumptionWarning)
         return loss, accuracy
+
+    @cached_property
+    def _against_sizes(self) -> str:
+        """What `Scores.predict` would say of the method's scores, here of one row."""
+        fitted = self.subject.fitted
+        with warnings.catch_warnings():  # what it warns of is in what is said against sizes
+            warnings.simplefilter("ignore", AssumptionWarning)
+            scores = fitted.attribute(fitted.train.subset([0]))
+        return str(scores.against_sizes)
 
     def apply(
         self,
@@ -410,7 +435,7 @@ def suspects(
     harm = relabelling = removing = None
     if held is not None:
         measure = as_measure(measure)
-        harm, relabelling = _changes(fitted, classes, held, measure, labels, proposals)
+        harm, relabelling, against = _changes(fitted, classes, held, measure, labels, proposals)
         removing = -harm
     chosen: Literal["label", "harm"] = by or ("label" if held is None else "harm")
     if chosen == "harm":
@@ -422,6 +447,8 @@ def suspects(
         path, share = _path(fitted, classes, held, measure, order, labels, proposals)
         if share < 1:
             notes += (TOO_LONG.format(share=share),)
+        if against:
+            notes += (f"nothing supports the sizes of predicted changes: {against}",)
         notes += ("the path is predicted on the data that may have ranked it: test on others",)
     return Suspects(
         subject, classes, chosen, order, suspicion, labels, proposals, relabelling, removing,
@@ -466,19 +493,23 @@ def _changes(
     measure: Callable[..., Tensor],
     labels: Int[Tensor, " n"],
     proposals: Int[Tensor, " n"],
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """S of the mean measure for every row, and its change by giving each its proposed label."""
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], str]:
+    """Of the mean measure: S of every row, its change by relabelling it, and what is against sizes.
+
+    The new label of each row is the one that is proposed.
+    """
     task, train, n = fitted.task, fitted.train, len(fitted.train)
 
     def mean(task: Task, params: Params, queries: Batch, weights: Tensor) -> Tensor:
         return measure(task, params, queries).mean()
 
     functional = Functional(mean)
-    harm = fitted.attribute(held, functional).values[0]
+    scores = fitted.attribute(held, functional)
+    harm, against = scores.values[0], str(scores.against_sizes)
     places = (proposals != labels).nonzero()[:, 0].tolist()
     relabelling = torch.zeros_like(harm)
     if not places:
-        return harm, relabelling
+        return harm, relabelling, against
     new = {i: classes.names[int(proposals[i])] for i in places}
     data = with_labels(task, train, new).subset(places)
     batch = task.to_device(held.batch(0, len(held)))
@@ -490,7 +521,7 @@ def _changes(
             for start, stop, each in data.batches(job.at_once):
                 parts.append(job.scores_of(task.to_device(each), stop - start)[0])
     relabelling[places] = torch.cat(parts).to(harm) - harm[places]
-    return harm, relabelling
+    return harm, relabelling, against
 
 
 def _path(

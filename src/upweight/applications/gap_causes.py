@@ -9,6 +9,7 @@ the penalty's part, so that all shares together are near 0: rows that widen a ga
 rows that narrow it.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -66,6 +67,9 @@ class Cause:
         predicted: Change of the soft gap without them: by `fitted.removal`.
         actual: The same after refitting; None where it was not.
         hard: Change of the gap in decisions after refitting.
+        failed: Why a refit gave nothing.
+        taken: What the refit takes away of the gap, as a share of it, with an interval over
+            validation rows; None where there is none.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Cause:
     actual: float | None
     hard: float | None
     failed: str = ""
+    taken: Estimate | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,27 +123,30 @@ class GroupCauses(Outcome):
     def is_confirmed(self) -> bool:
         """Whether the gap is smaller without the top group, refitted, by at least half as much.
 
-        As much as `predicted`, and as the share that the verdict names.
+        As much as `predicted`, and as the share that the verdict names; by the lower end of the
+        interval of what the refit takes away.
         """
-        by_share = _is_borne_out(self.soft, -self.top.share.value * self.soft, self.actual)
-        return by_share and _is_borne_out(self.soft, self.predicted, self.actual)
+        top, taken = self.top, self.top.taken
+        if taken is None or top.predicted is None:
+            return False
+        least = min(top.share.value, -top.predicted / self.soft)
+        most = max(top.share.value, -top.predicted / self.soft)
+        return least > 0 and taken.low >= most / 2
 
     @property
     def verdict(self) -> str:
         top = self.top
         who = f"{top.rows:,} rows with {self.column} = {top.name}"
-        share = (
-            f"{_percent(top.share.value)} [{_percent(top.share.low)}, {_percent(top.share.high)}] "
-            f"of the {self.gap.words} ({self.pair}, soft {self.soft:+.3f})"
-        )
+        what = f"the {self.gap.words} ({self.pair}, soft {self.soft:+.3f})"
+        share = f"{_with_interval(top.share)} of {what}"
         if top.share.value <= 0:
             return f"No group by {self.column} widens the gap: the largest share is {share}."
-        if top.actual is None or top.predicted is None:
+        if top.actual is None or top.predicted is None or top.taken is None:
             why = f": the refit failed, {top.failed}" if top.failed else ""
             return f"The {who} are predicted to carry {share}; not refitted{why}."
         changed = (
             f"refitted without them it changes by {top.actual:+.3f} (predicted "
-            f"{top.predicted:+.3f}), which takes away {_percent(-top.actual / self.soft)} of it"
+            f"{top.predicted:+.3f}), which takes away {_with_interval(top.taken)} of it"
         )
         if self.is_confirmed:
             return f"The {who} carry, to first order, {share}; {changed}."
@@ -205,6 +213,8 @@ class Causes(Outcome):
         failed: Why a refit gave nothing.
         resources: Of refits.
         sizes: How many validation rows the two groups have that are compared.
+        left: What the refit leaves of the gap, as a share of it, with an interval over validation
+            rows, which is NaN where a group has one; None without a refit.
     """
 
     gap: Gap
@@ -221,6 +231,7 @@ class Causes(Outcome):
     failed: str = ""
     resources: Resources = field(default_factory=Resources, repr=False)
     sizes: tuple[int, int] = (FEW, FEW)
+    left: Estimate | None = None
 
     @property
     def title(self) -> str:
@@ -228,8 +239,11 @@ class Causes(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether at most half of the gap, of either sign, is left without them, refitted."""
-        return self.actual is not None and 2 * abs(self.soft + self.actual) <= abs(self.soft)
+        """Whether at most half of the gap, of either sign, is left without them, refitted.
+
+        By all of the interval of what is left.
+        """
+        return self.left is not None and -0.5 <= self.left.low <= self.left.high <= 0.5
 
     @property
     def verdict(self) -> str:
@@ -239,7 +253,7 @@ class Causes(Outcome):
             return f"No training row is predicted to widen {what}."
         who = f"{len(self.rows):,} of {n:,} training rows ({percent(len(self.rows) / n)})"
         predicted = ""
-        if self.actual is None:
+        if self.actual is None or self.left is None:
             why = f": the refit failed, {self.failed}" if self.failed else ""
             if self.predicted is not None:
                 predicted = f" (without them it is predicted to be {self._left(self.predicted)})"
@@ -253,7 +267,7 @@ class Causes(Outcome):
         predicted = "" if self.predicted is None else f", predicted {self._left(self.predicted)}"
         return (
             f"The {who} with the largest scores {said} {what}: refitted without them it is "
-            f"{self._left(self.actual)}{predicted}."
+            f"{self._left(self.actual)}, {_with_interval(self.left)} of it{predicted}."
         )
 
     def _left(self, change: float) -> str:
@@ -321,12 +335,11 @@ class Causes(Outcome):
         found = readings(fitted.task, fitted.theta, self.validation, self.gap.positive)
         where = torch.tensor(at)
         members = [(where == k).nonzero()[:, 0].tolist() for k in range(len(names))]
-        shares = []
-        for k in range(len(names)):
-            value = float(differences(self.gap, T[:, k], self.positive)[self.place]) / self.soft
-            residual = (T[:, k] - value * found.scores) / self.soft
-            error = difference_error(self.gap, self.place, residual, self.positive)
-            shares.append(around(value, error))
+
+        def share_of(values: Float[Tensor, " q"]) -> Estimate:
+            return _share(self.gap, self.place, values, found.scores, self.positive)
+
+        shares = [share_of(T[:, k]) for k in range(len(names))]
         order = sorted(range(len(names)), key=lambda k: -shares[k].value)
         chosen = order[:refits] if self.subject.recipe is not None else []
         refitted = _without(
@@ -336,13 +349,19 @@ class Causes(Outcome):
         actual = dict(zip(chosen, refitted, strict=True))
         causes = []
         for k in order:
-            soft, hard, why = actual.get(k, (None, None, ""))
+            done = actual.get(k, _NOT_REFITTED)
+            taken = None if done.rows is None else share_of(-done.rows)
             predicted = -shares[k].value * self.soft
             if k in actual:
                 predicted = _removal(
                     self.subject, self.validation, self.gap, self.place, members[k]
                 )
-            causes.append(Cause(names[k], len(members[k]), shares[k], predicted, soft, hard, why))
+            causes.append(
+                Cause(
+                    names[k], len(members[k]), shares[k], predicted,
+                    done.soft, done.hard, done.failed, taken,
+                )
+            )  # fmt: skip
         column_name = name or str(getattr(column, "name", None) or "group")
         return GroupCauses(self.gap, self.soft, self.pair, column_name, tuple(causes))
 
@@ -363,7 +382,7 @@ class Causes(Outcome):
         return ax
 
     def numbers(self) -> dict[str, Any]:
-        return self._fields("soft", "pair", "predicted", "actual", "rows")
+        return self._fields("soft", "pair", "predicted", "actual", "left", "rows")
 
 
 def causes(
@@ -431,10 +450,14 @@ def causes(
     )
     order = widening(scores.values[0].detach().cpu().double(), size)
     chosen, predicted = _fewest(subject, rows, gap, place, order, size)
-    actual, failed = None, ""
-    if chosen:
-        if subject.recipe is not None:
-            actual, _, failed = _without(subject, rows, gap, place, [list(chosen)], using)[0]
+    done, left = _NOT_REFITTED, None
+    if chosen and subject.recipe is not None:
+        done = _without(subject, rows, gap, place, [list(chosen)], using)[0]
+    sizes = counted(gap, found.decided, found.positive, at=place).sizes
+    if done.rows is not None:
+        left = Estimate((size + done.soft) / size if size else math.nan, math.nan, math.nan)
+        if size and min(sizes) > 1:  # of one row nothing says how much it varies
+            left = _share(gap, place, found.scores + done.rows, found.scores, found.positive)
     return Causes(
         gap=gap,
         scores=scores,
@@ -443,20 +466,29 @@ def causes(
         place=place,
         rows=chosen,
         predicted=predicted,
-        actual=actual,
+        actual=done.soft,
         subject=subject,
         validation=rows,
         positive=found.positive,
-        failed=failed,
+        failed=done.failed,
         resources=using,
-        sizes=counted(gap, found.decided, found.positive, at=place).sizes,
+        sizes=sizes,
+        left=left,
     )
 
 
-def _is_borne_out(soft: float, predicted: float | None, actual: float | None) -> bool:
-    if predicted is None or actual is None or not predicted * soft < 0:
-        return False
-    return actual * predicted > 0 and abs(actual) >= abs(predicted) / 2
+def _share(
+    gap: Gap,
+    place: int,
+    values: Float[Tensor, " q"],
+    scores: Float[Tensor, " q"],
+    positive: Bool[Tensor, " q"],
+) -> Estimate:
+    """A difference of means as a share of the gap, with the delta method's interval of a ratio."""
+    size = float(differences(gap, scores, positive)[place])
+    value = float(differences(gap, values, positive)[place]) / size
+    residual = (values - value * scores) / size
+    return around(value, difference_error(gap, place, residual, positive))
 
 
 def widening(scores: Float[Tensor, " n"], size: float) -> tuple[int, ...]:
@@ -496,6 +528,22 @@ def _fewest(
     return order[:high], found[high]
 
 
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """Change of the soft and of the hard gap, and of the score of every row; or why none is known.
+
+    The change of the score is `[q]`.
+    """
+
+    soft: Any = None
+    hard: Any = None
+    rows: Any = None
+    failed: str = ""
+
+
+_NOT_REFITTED = _Change()
+
+
 @dataclass(frozen=True)
 class _Score:
     """s of each row, as a measure."""
@@ -521,8 +569,8 @@ def _without(
     place: int,
     groups: list[list[int]],
     resources: Resources,
-) -> list[tuple[float | None, float | None, str]]:
-    """Change of the soft and of the hard gap without each group, refitted, or why there is none."""
+) -> list["_Change"]:
+    """What refits without each group change."""
     if not groups:
         return []
     task, train = subject.fitted.task, subject.fitted.train
@@ -531,7 +579,7 @@ def _without(
     weights = torch.ones(1 + len(groups), len(train), dtype=torch.float64)
     for k, group in enumerate(groups):
         weights[1 + k, group] = 0.0
-    found: list[tuple[float, float] | str] = []
+    found: list[tuple[float, float, Tensor] | str] = []
     for w in weights:
         model = attempted(partial(trainer, w[None]))
         if isinstance(model, str):
@@ -539,12 +587,15 @@ def _without(
             continue
         said = readings(model.task_of(task, 0), model.theta[0], rows, gap.positive)
         soft = float(differences(gap, said.scores, said.positive)[place])
-        found.append((soft, counted(gap, said.decided, said.positive, at=place).value))
+        hard = counted(gap, said.decided, said.positive, at=place).value
+        found.append((soft, hard, said.scores))
     base, *others = found
     if isinstance(base, str):
-        return [(None, None, base)] * len(others)
+        return [_Change(failed=base)] * len(others)
     return [
-        (None, None, each) if isinstance(each, str) else (each[0] - base[0], each[1] - base[1], "")
+        _Change(failed=each)
+        if isinstance(each, str)
+        else _Change(each[0] - base[0], each[1] - base[1], each[2] - base[2])
         for each in others
     ]
 
@@ -567,4 +618,9 @@ def attempted(fit: Callable[[], Trained]) -> Trained | str:
 
 
 def _percent(share: float) -> str:
-    return f"{round(100 * share)} %".replace("-", "−")
+    return f"{round(100 * share)} %".replace("-", "−") if math.isfinite(share) else "unknown"
+
+
+def _with_interval(share: Estimate) -> str:
+    value, low, high = map(_percent, share)
+    return f"{value} [{low}, {high}]"

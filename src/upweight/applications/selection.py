@@ -111,8 +111,13 @@ class Subset(Outcome):
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether the refit gains on the test data where a gain was predicted, and nowhere else."""
-        return self.actual is not None and (self.actual.high < 0) == self.expects_gain
+        """Whether the interval of the refit's change of the test loss says what was predicted.
+
+        All of it is below 0 where a gain was expected, and none of it where none was.
+        """
+        if self.actual is None:
+            return False
+        return self.actual.high < 0 if self.expects_gain else self.actual.low >= 0
 
     @property
     def verdict(self) -> str:
@@ -130,7 +135,10 @@ class Subset(Outcome):
         if self.random is not None and self.kept is not None:
             beside = f"; as many at random have {self.random.loss.value:.3f}"
             beside += f" against {self.kept.loss.value:.3f}"
-        agrees = "after refitting" if self.is_confirmed else "the refit does not agree:"
+        agrees = "after refitting"
+        if not self.is_confirmed:
+            against = self.actual.low >= 0 if self.expects_gain else self.actual.high < 0
+            agrees = "the refit does not agree:" if against else "the refit does not tell:"
         return f"{said}; {agrees} the test loss changes by {self.actual:+.3f}{points}{beside}."
 
     @property

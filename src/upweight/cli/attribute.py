@@ -24,6 +24,7 @@ from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record, is_reference, relative_to
 from upweight.runs.work import refit
+from upweight.runtime.evaluations import HALVES
 from upweight.runtime.ranks import ALL, ALONE, Ranks, launched, share_of
 from upweight.runtime.versions import library_versions
 
@@ -313,7 +314,7 @@ def answer(run: Run, shown: Path, did: str, project: Project | None = None) -> A
         "method": record.method,
         "measure": record.measure,
         "provenance": run.provenance,
-        "verdict": run.evaluations().get("halves", {}).get("verdict"),
+        "verdict": run.evaluations().get(HALVES, {}).get("verdict"),
     }
     retraining = facts["verdict"] or "not checked"
     lines = [

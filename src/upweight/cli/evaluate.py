@@ -23,6 +23,7 @@ from upweight.front.opened import own_recipe
 from upweight.runs.directory import Run
 from upweight.runs.record import Record, is_reference, relative_to
 from upweight.runs.work import refit
+from upweight.runtime.evaluations import HALVES
 from upweight.runtime.resources import Resources
 from upweight.task.recipe import Recipe
 from upweight.training.function import as_recipe
@@ -88,7 +89,7 @@ def evaluate(
             place.log(f"retraining by {how!r}")
             using = Resources(jobs=jobs, folder=place.retrained)
             found = check(scores, how, budget, subsets=subsets, resources=using)
-            place.keep_evaluation("halves", kept(found, told or repr(how)))
+            place.keep_evaluation(HALVES, kept(found, told or repr(how)))
             for note in found.notes:
                 place.log(f"note: {note}")
             place.log(f"{found.verdict}: {found.reason}")
@@ -209,7 +210,7 @@ def kept(found: Check, recipe: str) -> dict[str, Any]:
 
 def checks_of(run: Run) -> list[Check]:
     """The comparison that `kept` described, if there was one."""
-    facts = run.evaluations().get("halves")
+    facts = run.evaluations().get(HALVES)
     if facts is None:
         return []
     predicted, measured = (

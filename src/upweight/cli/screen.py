@@ -1,6 +1,6 @@
 """What a person sees of a verb: an answer on standard output, everything else on standard error.
 
-    exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
+    exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 told to end (SIGTERM)
 
 An error is one screen: what was required, what was given, the usual cause, the way out. Its
 traceback is shown when asked for.
@@ -12,12 +12,15 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import traceback as tracebacks
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 import click
@@ -43,6 +46,10 @@ class Answer:
     text: str
     facts: dict[str, Any]
     failed: bool = False
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a launcher whose other process died, or a scheduler, ends this one."""
 
 
 class Failed(click.ClickException):
@@ -72,7 +79,7 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
         try:
             # With --json, standard output belongs to the machine.
             out = sys.stderr if as_json else sys.stdout
-            with _nothing_said(is_silent, out), warnings.catch_warnings():
+            with _terminable(), _nothing_said(is_silent, out), warnings.catch_warnings():
                 warnings.showwarning = _warned
                 answer = function(*arguments, **options)
         except (Exception, KeyboardInterrupt) as error:
@@ -85,7 +92,7 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
                 facts = {"error": type(error).__name__, "message": text}
                 click.echo(json.dumps(facts))
             failed = Failed(text)
-            failed.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1  # type: ignore[misc]
+            failed.exit_code = _exit_code(error)  # type: ignore[misc]
             raise failed from error
         if is_silent:
             return
@@ -97,6 +104,32 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
             raise click.exceptions.Exit(1)
 
     return shown
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does, with what to do next; by default it says nothing."""
+    if threading.current_thread() is not threading.main_thread():  # which alone has handlers
+        yield
+        return
+    own = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == own:
+            raise Terminated
+        os._exit(128 + number)  # a fork, such as a worker that loads data
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, Terminated):
+        return 128 + signal.SIGTERM
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 @contextlib.contextmanager
@@ -183,7 +216,8 @@ def _in_words(error: BaseException) -> str:
     """An error on one screen."""
     notes = list(getattr(error, "__notes__", []))
     if isinstance(error, KeyboardInterrupt):
-        return "\n".join(["interrupted", *(notes or ["run the same command again"])])
+        said = "told to end (SIGTERM)" if isinstance(error, Terminated) else "interrupted"
+        return "\n".join([said, *(notes or ["run the same command again"])])
     text = f"{type(error).__name__}: {error}"
     if not isinstance(error, UpweightError | OSError):
         frame = tracebacks.extract_tb(error.__traceback__)[-1]

@@ -14,6 +14,7 @@ from upweight.facts import UNKNOWN, WITHIN, Fact
 from upweight.notation import count, in_short
 from upweight.runs.directory import Run
 from upweight.runs.record import is_reference
+from upweight.runtime.evaluations import HALVES
 
 NOTES, FILES = 2, 3
 """Notes, and files of its owner, that are listed; of more their number is said."""
@@ -66,7 +67,7 @@ def settings(place: Run, shown: Path) -> tuple[list[str], dict[str, Any]]:
     """The verdict and what was asked of what by which method, in lines and as facts."""
     record = place.record
     is_finished = place.is_finished
-    halves = place.evaluations().get("halves", {}) if is_finished else {}
+    halves = place.evaluations().get(HALVES, {}) if is_finished else {}
     verdict, reason = halves.get("verdict"), halves.get("reason", "")
     made = place.provenance if is_finished else {}
     told = f"{verdict}: {reason}" if verdict else "not checked against retraining"

@@ -33,6 +33,9 @@ TIMED = 32
 STEPS = 8
 """Of training that are timed."""
 
+SLOW = 10.0
+"""Seconds past which a first training is taken as it is: one or two of it go into imports."""
+
 SHARE = 0.5
 """Of the free memory, what a matrix and its factor may take."""
 
@@ -56,8 +59,8 @@ def facts_of(
         UpweightError: The task cannot be answered on these data; see `upweight.task.check`.
 
     Cost: some forward and backward passes over up to 32 examples, eight steps of a recipe, and a
-    small matrix product. Of a function one training on half of the data, or three of less than a
-    second together, where the budget allows to train anew.
+    small matrix product. Of a function, where the budget allows to train anew, two trainings on
+    half of the data; one that takes more than ten seconds, or three of less than one together.
     """
     require_answerable(task, train, "training data")
     theta = task.theta()
@@ -134,7 +137,7 @@ def half_seconds(recipe: FromFunction, task: Task, train: Data) -> float:
     """
     trainer = replace(recipe, twice=False).prepare(task, train)
     half = fitting_weights(len(train), 1, 0.5)
-    return least_seconds(lambda: trainer(half))
+    return least_seconds(lambda: trainer(half), SLOW)
 
 
 def resolved(training: Any, task: Task, n: int) -> float | None:
@@ -165,10 +168,13 @@ def epoch_seconds(task: Task, theta: Tensor, train: Data) -> float:
     return least_seconds(passed) * len(train) / m
 
 
-def least_seconds(call: Callable[[], Any]) -> float:
-    """Of one call, the least of three; of fewer, where these take more than a second."""
+def least_seconds(call: Callable[[], Any], alone: float = 1.0) -> float:
+    """Of one call, the least of three; of two, where these take more than a second.
+
+    Of one where it takes more seconds than `alone`.
+    """
     taken = list[float]()
-    while len(taken) < 3 and sum(taken) <= 1.0:  # the first is slower
+    while len(taken) < 3 and sum(taken) <= (alone if len(taken) == 1 else 1.0):  # the first is slow
         started = time.perf_counter()
         call()
         taken.append(time.perf_counter() - started)

@@ -17,24 +17,15 @@ from typing import Any
 from upweight.errors import ShapeError, StaleStore
 from upweight.runs.question import fingerprints_of
 from upweight.runs.record import CONTENTS, Record, is_reference
+from upweight.runtime import evaluations
 from upweight.runtime.atomic import append, make_folder, remove_left_over, require_own
-from upweight.runtime.headers import read_json, write_json
 from upweight.runtime.lock import CLAIM, claimed, locked
 from upweight.runtime.lock import FILES as LOCKS
 from upweight.runtime.store import MANIFEST
 from upweight.scores import Scores, stored_in
 
-SCHEMA = 1
-"""Of evaluation.json."""
-
-WAY_OUT = (
-    "ask whoever gave you the run for it; or delete that file and evaluate again, `upweight "
-    "evaluate RUN --project FILE.py`, of a network with its --recipe FILE.py:NAME: the models that "
-    "were trained are kept."
-)
-
 OWN = {
-    "run.toml", "factors", "scores", "shown", "retrained", "evaluation.json", "report.html",
+    "run.toml", "factors", "scores", "shown", "retrained", evaluations.NAME, "report.html",
     "log.txt",
 }  # fmt: skip
 
@@ -59,7 +50,7 @@ class Run:
         self.scores = path / "scores"
         self.shown = path / "shown"
         self.retrained = path / "retrained"
-        self.evaluation = path / "evaluation.json"
+        self.evaluation = path / evaluations.NAME
         self.report = path / "report.html"
 
     @classmethod
@@ -254,22 +245,12 @@ class Run:
         Raises:
             StaleStore: The file is damaged, or of other scores.
         """
-        if not self.evaluation.exists():
-            return {}
-        kept = read_json(self.evaluation, SCHEMA, dict[str, Any], WAY_OUT)
-        if kept.pop("of", None) != stored_in(self.scores)[0].digest:
-            raise StaleStore(
-                "A comparison is of the scores that a run holds.",
-                f"{self.evaluation}, which is of others, or does not say of which.",
-                "a file copied from another run, or scores computed again since.",
-                WAY_OUT,
-            )
-        return kept
+        return evaluations.read(self.evaluation, stored_in(self.scores)[0].digest)
 
     def keep_evaluation(self, name: str, facts: dict[str, Any]) -> None:
         """Keep what a comparison found, in place of an earlier one of its name."""
-        kept = {k: v for k, v in self.evaluations().items() if k != name} | {name: facts}
-        write_json(self.evaluation, SCHEMA, {**kept, "of": stored_in(self.scores)[0].digest})
+        of = stored_in(self.scores)[0].digest
+        evaluations.write(self.evaluation, of, name, facts)
 
 
 def _differences(stored: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
