@@ -504,6 +504,18 @@ def test_ticked_rows_leave_the_page(run, opened):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.parametrize("width", [320, 360, 400])
+def test_on_a_telephone_the_verdict_and_the_keys_stay_in_sight(run, opened, width):
+    """Beside the names of the pages there is no room for them: they were cut off."""
+    run.write()
+    page = opened(run.path, "#trust", width=width)
+    page.evaluate("window.scrollTo(0, 600)")
+    for each in ("#pages a:last-of-type", "#pages .pill", "#keys-open"):
+        box = page.locator(each).bounding_box()
+        assert 0 <= box["x"] and box["x"] + box["width"] <= width
+        assert 0 <= box["y"] and box["y"] + box["height"] <= 120
+
+
 def test_the_command_that_makes_it_again_is_whole_and_can_be_copied(run, opened):
     run.options = {"command": "upweight demo --out a-rather-long-name " * 5}
     run.write()
