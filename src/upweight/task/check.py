@@ -19,9 +19,11 @@ from upweight.errors import (
     DataError,
     NonDeterministic,
     NonFinite,
+    NotDifferentiable,
     ScalarLoss,
     ShapeError,
     UpweightError,
+    listed,
 )
 from upweight.runtime.progress import progress
 from upweight.runtime.ranks import ALONE, Ranks
@@ -251,6 +253,15 @@ def _require_eval_mode(model: nn.Module) -> None:
 
 def _require_finite_parameters(task: Task) -> None:
     named = dict(task.model.named_parameters())
+    made = [k for k, p in task.model.named_parameters() if p.is_inference()]
+    if made:
+        raise NotDifferentiable(
+            "Parameters must be tensors of which autograd can record what is done with them.",
+            f"{listed(made)}, made inside torch.inference_mode().",
+            "a model that was built or loaded inside of it.",
+            "build the model outside of it and load its weights into that: "
+            "fresh.load_state_dict(model.state_dict()).",
+        )
     bad = [k for k in task.layout.names if not bool(own_part(named[k]).isfinite().all())]
     if bad:
         raise NonFinite(
