@@ -35,6 +35,7 @@ from upweight.task.gradients import require_own_gradients, unreached_notes
 from upweight.task.model_loss import loss_notes
 from upweight.task.modes import acting_in_training
 from upweight.task.probe import (
+    PROBE_EXAMPLES,
     Probe,
     evenly_spaced,
     other_length,
@@ -169,6 +170,25 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
     )
     require_own_gradients(task, theta, data, batch, at, role)
     return Probe(at, losses, notes)
+
+
+def require_targets(task: Task, data: Data, role: str) -> None:
+    """Refuse, by the first few examples, targets that the loss would broadcast or misread.
+
+    What `require_answerable` asks of a trained model, before one is trained: its outputs do not
+    count, their shape does.
+
+    Raises:
+        DataError: Targets are out of range.
+        ShapeError: They do not fit the outputs, or the model does not accept the examples.
+    """
+    if len(data) == 0:
+        return  # said by who needs one
+    batch = task.to_device(data.batch(0, min(len(data), PROBE_EXAMPLES)))
+    devices = range(torch.cuda.device_count())
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):  # dropout draws
+        outputs, targets = _outputs(task, role, task.held_theta(), batch)
+    task.loss.check(outputs, targets)
 
 
 def checked_measurements(
