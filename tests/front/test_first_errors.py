@@ -10,7 +10,7 @@ from torch import nn
 import upweight as uw
 from tests.front.test_attribute import QUERIES, RECIPE, TRAIN, X, Y, network, of_recipe
 from upweight.applications.robustness import amip, fragile
-from upweight.errors import DataError, NonFinite, SpecError
+from upweight.errors import DataError, NonFinite, NotDifferentiable, SpecError
 from upweight.front.attribute import KNOWN
 
 CE = nn.CrossEntropyLoss()
@@ -94,3 +94,25 @@ def test_a_missing_value_is_told_by_the_id_of_its_row():
     dirty = torch.where(torch.arange(5)[:, None] == 2, torch.nan, QUERIES[0])
     with pytest.raises(NonFinite, match="example 2, loss nan"):
         uw.attribute(network(), TRAIN, (dirty, QUERIES[1]), CE)
+
+
+def test_what_no_grad_and_inference_mode_leave_behind():
+    model, task = of_recipe()
+    expected = uw.attribute(model, TRAIN, QUERIES, CE).values
+    with torch.no_grad():  # a notebook that was switched to it for evaluation
+        assert torch.equal(uw.attribute(model, TRAIN, QUERIES, CE).values, expected)
+        assert uw.plan(model, TRAIN, QUERIES, CE).seconds > 0
+    with torch.inference_mode():
+        train = tuple(x.clone() for x in TRAIN)
+        made = network()
+        made.load_state_dict(model.state_dict())
+        with pytest.raises(NotDifferentiable, match="leave inference mode"):
+            RECIPE.trained(task, TRAIN)
+    assert torch.equal(uw.attribute(model, train, QUERIES, CE).values, expected)
+    RECIPE.trained(task, train)
+    with pytest.raises(NotDifferentiable, match=r"0\.weight.*inference_mode") as caught:
+        uw.attribute(made, TRAIN, QUERIES, CE)
+    way = re.search(r"fresh\.load_state_dict\(.*\)", str(caught.value)).group()
+    fresh = network()
+    eval(way, {"fresh": fresh, "model": made})
+    assert torch.equal(uw.attribute(fresh.eval(), TRAIN, QUERIES, CE).values, expected)

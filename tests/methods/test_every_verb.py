@@ -283,3 +283,12 @@ def test_a_model_that_changed_after_the_fit(spec):
     finally:
         with torch.no_grad():
             parameter.copy_(before)
+
+
+@each_method
+def test_a_caller_under_no_grad_gets_the_same_scores(spec):
+    fitted, train, queries, recipe, values = fitted_of(spec)
+    with torch.no_grad():
+        again = spec.fit(fitted.task, train, history=history_of(spec, recipe))
+        found = again.attribute(queries).values
+    torch.testing.assert_close(found, values, rtol=1e-10, atol=1e-12)

@@ -459,3 +459,17 @@ def test_probabilities_have_the_axis_of_the_outputs():
 def test_the_axis_of_the_examples_holds_no_classes():
     with pytest.raises(SpecError, match="axis=0"):
         uw.CrossEntropy(axis=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "field"),
+    [(uw.CrossEntropy, "weight"), (uw.Bernoulli, "weight"), (uw.Bernoulli, "pos_weight")],
+)
+def test_weights_as_tensors_and_arrays_are_refused_and_the_way_out_works(loss, field):
+    tensor = torch.tensor([1.0, 2.0])
+    for weights in (tensor, tensor.numpy()):  # as the losses of torch.nn have them
+        with pytest.raises(SpecError, match=rf"tensor or an array(.|\n)*{field}=tuple") as caught:
+            loss(**{field: weights})
+        way = str(caught.value).partition("Way out: ")[2].removesuffix(".")
+        made = eval(way, {loss.__name__: loss, "weights": weights})
+        assert getattr(made, field) == (1.0, 2.0)

@@ -10,7 +10,7 @@ from torch import nn
 import upweight as uw
 from tests.killing import kill_once_kept
 from tests.market import draw, initialized, labels, problem
-from upweight.errors import SpecError, UnsupportedModel
+from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel
 from upweight.task.data import as_data
 from upweight.training.function import FromFunction
 from upweight.training.optimizers import SGD, AdamW
@@ -425,3 +425,23 @@ def test_what_is_not_the_model_is_refused(made):
     trainer = FromFunction(lambda w: made, twice=False).prepare(task(), as_data(data()))
     with pytest.raises(SpecError, match="A training function returns the task's model"):
         trainer(weights())
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "y", "words"),
+    [
+        (uw.SquaredError(), 1, torch.zeros(N).double(), r"same shape(.|\n)*\(16, 1\), targets"),
+        (uw.CrossEntropy(), 2, torch.arange(N) % 3, "targets in 0…1"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused_before_anything_is_trained(loss, outputs, y, words):
+    """[b, 1] beside [b] would be broadcast: every output was trained towards every target."""
+    made = nn.Sequential(nn.Dropout(0.1), nn.Linear(4, outputs)).double()
+    spec, given = uw.Task(made, loss), (data()[0], y)
+    before = torch.get_rng_state()
+    for ask in (Training(lambda: made, SGD(0.1), epochs=1).trained, uw.training.Newton().prepare):
+        with pytest.raises((ShapeError, DataError), match=words):
+            ask(spec, given if ask.__name__ == "trained" else as_data(given))
+    assert torch.equal(torch.get_rng_state(), before)
+    fitting = y[:, None] if outputs == 1 else y.clamp(max=1)
+    Training(lambda: made, SGD(0.1), epochs=1).trained(spec, (given[0], fitting))

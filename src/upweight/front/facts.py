@@ -162,8 +162,9 @@ def epoch_seconds(task: Task, theta: Tensor, train: Data) -> float:
 
     def passed() -> None:
         point = theta.detach().requires_grad_()
-        losses = task.losses_of(*task.call(point, batch))
-        float(torch.autograd.grad(losses.sum(), point)[0].norm())
+        with torch.enable_grad():
+            losses = task.losses_of(*task.call(point, batch))
+            float(torch.autograd.grad(losses.sum(), point)[0].norm())
 
     return least_seconds(passed) * len(train) / m
 

@@ -157,10 +157,11 @@ def slopes(fitting: Fitting, theta: Float[Tensor, " p"], output: Output) -> Floa
             outputs, targets = task.call(theta, task.to_device(batch))
         # In float64: 1 − p of an example that the model is sure of is 0 in float32.
         outputs = outputs.detach().double().requires_grad_()
-        by_loss, by_output = (
-            torch.autograd.grad(f(outputs, targets).sum(), outputs)[0].flatten(1)
-            for f in (task.losses_of, output)
-        )
+        with torch.enable_grad():
+            by_loss, by_output = (
+                torch.autograd.grad(f(outputs, targets).sum(), outputs)[0].flatten(1)
+                for f in (task.losses_of, output)
+            )
         squares = by_output.square().sum(dim=1)
         slope = torch.where(squares > 0, (by_loss * by_output).sum(dim=1) / squares, 0.0)
         rest = (by_loss - slope[:, None] * by_output).norm(dim=1)

@@ -19,9 +19,11 @@ from upweight.errors import (
     DataError,
     NonDeterministic,
     NonFinite,
+    NotDifferentiable,
     ScalarLoss,
     ShapeError,
     UpweightError,
+    listed,
 )
 from upweight.runtime.progress import progress
 from upweight.runtime.ranks import ALONE, Ranks
@@ -33,6 +35,7 @@ from upweight.task.gradients import require_own_gradients, unreached_notes
 from upweight.task.model_loss import loss_notes
 from upweight.task.modes import acting_in_training
 from upweight.task.probe import (
+    PROBE_EXAMPLES,
     Probe,
     evenly_spaced,
     other_length,
@@ -169,6 +172,25 @@ def require_answerable(task: Task, data: Data, role: str) -> Probe:
     return Probe(at, losses, notes)
 
 
+def require_targets(task: Task, data: Data, role: str) -> None:
+    """Refuse, by the first few examples, targets that the loss would broadcast or misread.
+
+    What `require_answerable` asks of a trained model, before one is trained: its outputs do not
+    count, their shape does.
+
+    Raises:
+        DataError: Targets are out of range.
+        ShapeError: They do not fit the outputs, or the model does not accept the examples.
+    """
+    if len(data) == 0:
+        return  # said by who needs one
+    batch = task.to_device(data.batch(0, min(len(data), PROBE_EXAMPLES)))
+    devices = range(torch.cuda.device_count())
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):  # dropout draws
+        outputs, targets = _outputs(task, role, task.held_theta(), batch)
+    task.loss.check(outputs, targets)
+
+
 def checked_measurements(
     task: Task, measure: Callable[..., Tensor], data: Data
 ) -> Float[Tensor, " q"]:
@@ -251,6 +273,15 @@ def _require_eval_mode(model: nn.Module) -> None:
 
 def _require_finite_parameters(task: Task) -> None:
     named = dict(task.model.named_parameters())
+    made = [k for k, p in task.model.named_parameters() if p.is_inference()]
+    if made:
+        raise NotDifferentiable(
+            "Parameters must be tensors of which autograd can record what is done with them.",
+            f"{listed(made)}, made inside torch.inference_mode().",
+            "a model that was built or loaded inside of it.",
+            "build the model outside of it and load its weights into that: "
+            "fresh.load_state_dict(model.state_dict()).",
+        )
     bad = [k for k in task.layout.names if not bool(own_part(named[k]).isfinite().all())]
     if bad:
         raise NonFinite(

@@ -176,14 +176,20 @@ def _real(targets: Tensor, outputs: Tensor) -> Tensor:
     return targets if targets.is_floating_point() else targets.to(outputs.dtype)
 
 
-def _require_weights(name: str, weights: tuple[float, ...] | None) -> None:
-    if weights is None or (weights and all(0 <= w < math.inf for w in weights)):
+def _require_weights(name: str, weights: tuple[float, ...] | None, field: str = "weight") -> None:
+    if weights is None:
+        return
+    # What is no list, such as the tensor of a loss of torch.nn, has no hash by value.
+    is_list = isinstance(weights, tuple | list)
+    if is_list and weights and all(0 <= w < math.inf for w in weights):
         return
     raise SpecError(
         f"{name} takes weights that are numbers of at least 0, as a tuple.",
-        f"{weights!r:.80}.",
-        "a weight that was computed by a division by 0, or a sign.",
-        f"{name}(weight=tuple(weights.tolist())).",
+        f"{field}={weights!r:.80}.",
+        "a weight that was computed by a division by 0, or a sign."
+        if is_list
+        else "a tensor or an array, as the losses of torch.nn have it.",
+        f"{name}({field}=tuple(weights.tolist())).",
     )
 
 
@@ -482,7 +488,7 @@ class Bernoulli(Loss):
 
     def __post_init__(self) -> None:
         _require_weights("Bernoulli", self.weight)
-        _require_weights("Bernoulli", self.pos_weight)
+        _require_weights("Bernoulli", self.pos_weight, "pos_weight")
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         require_same_shape("Bernoulli", outputs, targets)

@@ -292,10 +292,14 @@ class Task:
     def to_device(self, batch: Batch) -> Batch:
         """The batch on the device of the parameters; dtypes are left as they are."""
         device = self.layout.device
-        # Packed sequences and batches of graphs are no tensors but move as they do.
-        moved: Batch = mapped(
-            lambda x: x.to(device) if callable(getattr(x, "to", None)) else x, batch
-        )
+
+        def placed(x: Any) -> Any:
+            if isinstance(x, Tensor) and x.is_inference():
+                x = x.clone()  # autograd saves no tensor that was made in inference mode
+            # Packed sequences and batches of graphs are no tensors but move as they do.
+            return x.to(device) if callable(getattr(x, "to", None)) else x
+
+        moved: Batch = mapped(placed, batch)
         return moved
 
     def outputs(self, params: Params | Float[Tensor, " p"], batch: Batch) -> tuple[Any, Any]:

@@ -132,10 +132,8 @@ def _partials(
         theta, after = rule.step(
             leaves[0], leaves[-1], OptimizerState(state.optimizer.steps, memories), lr
         )
-    columns = [
-        torch.autograd.grad(x.sum(), leaves, retain_graph=True, allow_unused=True)
-        for x in (theta, *after.memories.values())
-    ]
+        sums = [x.sum() for x in (theta, *after.memories.values())]
+    columns = [torch.autograd.grad(x, leaves, retain_graph=True, allow_unused=True) for x in sums]
     return [list(row) for row in zip(*columns, strict=True)]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from upweight.curvature.hessian import Hessian
 from upweight.errors import DtypeError, NotConverged, SpecError, message
 from upweight.linalg.cholesky import Cholesky
+from upweight.task.check import require_targets
 from upweight.task.data import Data
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
@@ -70,8 +71,11 @@ class Newton:
             DtypeError: `tol` is below the precision of the parameters.
             NotPositiveDefinite: J is not strictly convex where it was looked at.
             NotConverged: θ(1) was not reached.
+            ShapeError: The targets do not fit the outputs.
+            DataError: Targets are out of range, as far as a few examples say.
         """
         _require_precision(self.tol, task)
+        require_targets(task, train, "training data")
         objective = weighted_objective(task, train)
         ones = task.theta().new_ones(1, len(train))
         here = self._approach(objective, ones, task.theta())

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from upweight._typing import Batch, Params
 from upweight.errors import UnsupportedModel
 from upweight.task.data import Data
+from upweight.task.gradients import require_recording
 from upweight.task.recipe import Trained
 from upweight.task.task import Task
 from upweight.training.optimizers import OptimizerState
@@ -254,6 +255,7 @@ class TrainingTrainer:
 
         Draws from PyTorch's generators, which it seeds.
         """
+        require_recording()
         task, batch = self.task, self.batch(step)
 
         def objective(params: Params, batch: Batch, w: Tensor) -> Tensor:

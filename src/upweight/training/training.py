@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from upweight._typing import Folder
 from upweight.errors import SpecError
+from upweight.task.check import require_targets
 from upweight.task.data import Data
 from upweight.task.lent import copied
 from upweight.task.params import Layout
@@ -80,9 +81,13 @@ class Training:
         Raises:
             UnsupportedModel: A layer keeps statistics of its batches while training.
             SpecError: `init` makes another model than the task's.
+            ShapeError: The targets do not fit the outputs.
+            DataError: Targets are out of range, as far as a few examples say.
         """
         start = self.untrained(task)
-        return trainer_for(self, start, train, task.theta(), WeightedLosses())
+        trainer = trainer_for(self, start, train, task.theta(), WeightedLosses())
+        require_targets(start, train, "training data")  # they would be broadcast in silence
+        return trainer
 
     def trained(self, task: Task, train: Any) -> nn.Module:
         """The task's model as this recipe trains it on all of the data: a copy, in eval mode.
