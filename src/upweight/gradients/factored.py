@@ -230,15 +230,14 @@ class Extended(Tokens):
 
     inputs: Float[Tensor, "b t j"]
 
-    @cached_property
+    @property
     def right(self) -> Float[Tensor, "b t i"]:  # type: ignore[override]
-        """With the 1."""
+        """With the 1: made when asked for, since gradients are kept for a second pass."""
         return extended(self.inputs)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        held = (self.left, self.inputs)
-        return (*held, self.right) if "right" in self.__dict__ else held
+        return self.left, self.inputs
 
     def __len__(self) -> int:
         return len(self.inputs)
