@@ -245,6 +245,8 @@ class Run:
         Raises:
             StaleStore: The file is damaged, or of other scores.
         """
+        if not self.evaluation.exists():  # the scores need not be there yet
+            return {}
         return evaluations.read(self.evaluation, stored_in(self.scores)[0].digest)
 
     def keep_evaluation(self, name: str, facts: dict[str, Any]) -> None:
