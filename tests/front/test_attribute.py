@@ -503,3 +503,14 @@ def test_the_class_that_stands_for_inputs_alone_leaves_nothing_on_the_model():
     queries = queries_of(uw.Task(model, uw.CrossEntropy()), X[:5])
     assert queries.batch(0, 5)[1].tolist() == nn.Linear.forward(model, X[:5]).argmax(1).tolist()
     assert "seen" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("budget", "taken", "left"), [("2 min", 50.0, 70.0), ("2 min", 115.0, 10.0), (None, 9.0, 10.0)]
+)
+def test_a_method_that_failed_has_used_its_part_of_the_budget(budget, taken, left):
+    question = asked(network(), TRAIN, QUERIES, nn.CrossEntropyLoss(), budget=budget)
+    after = question.otherwise(NotConverged("tried in vain"), taken)
+    assert after.facts.budget_seconds == pytest.approx(left)
+    assert after.choice.name != question.choice.name
+    assert "could not be used: tried in vain" in after.notes[-1]

@@ -1,6 +1,7 @@
 """From a trained model to scores in one call."""
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,11 +98,17 @@ class Asked:
         is_of_many = isinstance(self.choice.method, Stacked) and self.recipe is not None
         return self.recipe if is_of_many or self.trajectory is None else self.trajectory
 
-    def otherwise(self, error: UpweightError) -> "Asked":
-        """The same with the next method, where this one could not be used."""
+    def otherwise(self, error: UpweightError, seconds: float) -> "Asked":
+        """The same with the next method, where this one failed.
+
+        It gets what is left of the budget, and no less than who gives none.
+        """
         assert self.facts is not None
         names = (self.choice.name,) if isinstance(error, NotConverged) else alike(self.choice)
-        facts = replace(self.facts, failed=(*self.facts.failed, *names))
+        budget = self.facts.budget_seconds
+        left = max(budget - seconds, min(budget, PATIENCE))
+        failed = (*self.facts.failed, *names)
+        facts = replace(self.facts, failed=failed, budget_seconds=left)
         first = str(error).partition("\n\n")[0]
         notes = (*self.notes, f"{self.choice.name} could not be used: {first}")
         return replace(self, facts=facts, choice=choose(facts), notes=notes)
@@ -314,13 +321,14 @@ def attribute(
     while True:
         if not question.is_given:
             print(f"upweight: {question.choice}{_estimate(question)}", file=sys.stderr)
+        started = time.monotonic()
         try:
             return answered(question, into)
         except UpweightError as error:
             is_unsolved = isinstance(error, NotPositiveDefinite | NotConverged)
             if question.is_given or not (is_unsolved or question.choice.method.takes_history):
                 raise
-            question = question.otherwise(error)
+            question = question.otherwise(error, time.monotonic() - started)
 
 
 def _estimate(question: Asked) -> str:
