@@ -64,6 +64,14 @@ def test_one_method_is_given_its_size():
     assert found["trainings"] == 5.0 and found["fraction"] == 0.5
 
 
+@pytest.mark.parametrize("subsets", [10, 15, 16])
+def test_few_subset_models_support_no_size(subsets):
+    stacked = uw.Stacked((Stub(1 / 7),), subsets=subsets, seeds=1, by_layer=False)
+    scores = stacked.fit(TASK, TRAIN, history=LINEAR).attribute(QUERIES, output)
+    few = f"they were fitted to {subsets} subset models, and from 16 on one is trusted"
+    assert scores.against_sizes == (few if subsets < 16 else "")
+
+
 def test_of_several_methods_the_right_one_counts():
     methods = (Stub(0.0, 1.0), Stub(1 / 7))
     stacked = uw.Stacked(methods, subsets=40, seeds=1)
