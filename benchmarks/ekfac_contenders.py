@@ -372,6 +372,23 @@ def _pydvl(workload: Workload) -> list[Settings]:
 
 _SUMMED = "S = −G/n for its G = ∇mᵀ(H + λI)⁻¹∇ℓ, H the mean over examples"
 
+
+def _from_part(part: str, one_in: int) -> Contender:
+    """Ours with the factors of a part of the examples."""
+    return Contender(
+        name=f"upweight-2%-{part}",
+        make=Upweight,
+        modules=("upweight", "torch"),
+        distribution="upweight",
+        description=f"Influence(curvature=EKFAC(examples=n // {one_in}), damping=Absolute(λ), "
+        "tolerance=0.02)",
+        mapping="S itself",
+        factor=_exactly,
+        settings=lambda workload: [{"tolerance": 0.02, "one_in": one_in}],
+        repeated=True,
+    )
+
+
 CONTENDERS = (
     Contender(
         name="upweight-2%",
@@ -384,30 +401,8 @@ CONTENDERS = (
         settings=_tolerance(0.02),
         repeated=True,
     ),
-    Contender(
-        name="upweight-2%-eighth",
-        make=Upweight,
-        modules=("upweight", "torch"),
-        distribution="upweight",
-        description="Influence(curvature=EKFAC(examples=n // 8), damping=Absolute(λ), "
-        "tolerance=0.02)",
-        mapping="S itself",
-        factor=_exactly,
-        settings=lambda workload: [{"tolerance": 0.02, "one_in": 8}],
-        repeated=True,
-    ),
-    Contender(
-        name="upweight-2%-sixteenth",
-        make=Upweight,
-        modules=("upweight", "torch"),
-        distribution="upweight",
-        description="Influence(curvature=EKFAC(examples=n // 16), damping=Absolute(λ), "
-        "tolerance=0.02)",
-        mapping="S itself",
-        factor=_exactly,
-        settings=lambda workload: [{"tolerance": 0.02, "one_in": 16}],
-        repeated=True,
-    ),
+    _from_part("eighth", 8),
+    _from_part("sixteenth", 16),
     Contender(
         name="upweight-0.1%",
         make=Upweight,
