@@ -10,6 +10,12 @@ from dataclasses import dataclass
 
 from upweight.notation import readable
 
+FIRST_ORDER = "Removal against first order (leverage)"
+"""The name of a fact that is about removals by the sum of scores, not about the scores."""
+
+REMOVAL_LIMIT = 0.2
+"""How far a removal may be from that sum, relative to it: beyond, its size misleads."""
+
 WITHIN = "its own checks are within their limits"
 """Of a computation."""
 

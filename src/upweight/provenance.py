@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from upweight._html import card
 from upweight.errors import MissingContext
-from upweight.facts import Fact, in_a_line
+from upweight.facts import FIRST_ORDER, REMOVAL_LIMIT, Fact, in_a_line
 from upweight.notation import count, in_short
 from upweight.task.data import Data
 from upweight.task.measures import Functional
@@ -64,11 +64,13 @@ class Provenance:
     def against_sizes(self) -> str:
         """Why nothing that the computation says of itself supports sizes; empty: something does.
 
-        Sizes are supported where the method is exact (a convex objective, its own curvature without
+        Of derivatives; how far removals are from their sums, `against_removal` says. Sizes are
+        supported where the method is exact (a convex objective, its own curvature without
         damping, solved, at its minimum), or measured them by training again. A method that does the
         latter says in `health["against_sizes"]` how far that goes.
         """
-        known, marked = self.health, [fact for fact in self.facts if fact.concern]
+        known, own = self.health, [fact for fact in self.facts if fact.name != FIRST_ORDER]
+        marked = [fact for fact in own if fact.concern]
         past = ", ".join(f"{fact.name.lower()}: {fact.value}" for fact in marked)
         if "against_sizes" in known:
             return known["against_sizes"] or (past and f"past its limit is {past}")
@@ -84,6 +86,30 @@ class Provenance:
         if not {"At a minimum", "Solver"} <= {fact.name for fact in self.facts}:
             return "it is not recorded how well the model was at its minimum"
         return past and f"past its limit is {past}"
+
+    def against_removal(self, gone: float = 1.0) -> str:
+        """Why nothing supports the size of −Σ S of so many removed examples; empty: something does.
+
+        As `against_sizes`, and of exact methods whether first order is near what removing the
+        strongest examples of some queries does (`health["beyond_first_order"]`). Between the
+        numbers that were removed the larger counts; past them it is taken to grow in proportion.
+        """
+        against = self.against_sizes
+        if against or "against_sizes" in self.health or not gone:
+            return against
+        known = self.health.get("beyond_first_order")
+        if not known:
+            return "it is not recorded how far removals are from first order"
+        number, off = next((each for each in known if each[0] >= gone), known[-1])
+        if off is not None and off * max(1.0, gone / number) <= REMOVAL_LIMIT:
+            return ""
+        strongest = "example" if number == 1 else f"{number:,} examples"
+        if off is None:
+            return f"without the strongest {strongest} of a query there is no minimum (leverage 1)"
+        return (
+            f"first order is off by {100 * off:.0f} % for the strongest {strongest} of a query "
+            "(leverage), and Fitted.removal is more than first order"
+        )
 
 
 @dataclass(frozen=True)

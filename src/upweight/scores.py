@@ -451,12 +451,17 @@ class Scores(Answered):
 
         The last check decides, where there was one: it supports sizes if it said "Order and size".
         Without a check they are supported where the method is exact (a convex objective, its own
-        curvature without damping, solved, at its minimum), or measured them by training again.
+        curvature without damping, solved, at its minimum) and removing an example does what its
+        score says, or where the method measured them by training again.
         """
+        return self._against_sizes_of(1.0)
+
+    def _against_sizes_of(self, columns: float) -> str:
+        """The same of so many columns together."""
         if self.unit is Unit.RANK:
             return "these scores have an order within each query and no size"
         if not self.checks:
-            return self.provenance.against_sizes
+            return self.provenance.against_removal(columns * self._examples_a_column)
         found = self.checks[-1]
         if found.verdict is Verdict.SIZE:
             return ""
@@ -469,8 +474,9 @@ class Scores(Answered):
 
             Δm_q ≈ Σᵢ S[q, i] (wᵢ − 1)
 
-        First order in w: effects add up. Where nothing supports the size of the scores an
-        `AssumptionWarning` says why, see `against_sizes`; the numbers are the same.
+        First order in w: effects add up. Where nothing supports the size of the scores, or of so
+        many together, an `AssumptionWarning` says why, see `against_sizes`; the numbers are the
+        same. `Fitted.removal` is more than first order.
         `drop` holds places, ids (texts or tuples) of the index that the training data came with, or
         names of groups; or it is a mask that is True where an example is removed. Where the index
         holds numbers other than 0…n − 1 a list of numbers could be either: places are then given as
@@ -495,7 +501,7 @@ class Scores(Answered):
             )
         if weights is None:
             dropped = self.values[:, places(self._columns_of(drop), n, "Columns to drop")]
-            self._warn_of_sizes()
+            self._warn_of_sizes(dropped.shape[1])
             return without(dropped.sum(dim=1))
         w: Any = weights
         if not isinstance(w, Tensor):
@@ -508,13 +514,19 @@ class Scores(Answered):
                 "a list of names, or a table's column of texts.",
                 "start from torch.ones(n) and change entries.",
             )
-        found = reweighted(self.values[:], torch.as_tensor(w))
-        self._warn_of_sizes()
+        w = torch.as_tensor(w)
+        found = reweighted(self.values[:], w)
+        self._warn_of_sizes(float((w.double() - 1.0).abs().sum()))
         return found
 
-    def _warn_of_sizes(self) -> None:
-        """Warn where what is predicted has a size that nothing supports."""
-        against = self.against_sizes
+    @property
+    def _examples_a_column(self) -> float:
+        """One, or of groups how many on average."""
+        return 1.0 if self.columns is None else self.provenance.n / max(1, len(self.columns))
+
+    def _warn_of_sizes(self, columns: float) -> None:
+        """Warn where what is predicted of so many columns has a size that nothing supports."""
+        against = self._against_sizes_of(columns)
         if against:
             next_ = "" if self.checks else ". upweight.check(scores, recipe) measures the sizes"
             callers.warn(f"{SIZES_UNKNOWN}: {against}{next_}", AssumptionWarning)

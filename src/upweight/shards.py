@@ -1,6 +1,6 @@
 """Shards: all scores on disk as they are computed, resumable, by one process or several."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,9 @@ class _Shards(Sink):
             sums[first : first + len(block)] = block.sum(dim=1, dtype=torch.float64)
             sizes[first : first + len(block)] = block.abs().sum(dim=1, dtype=torch.float64)
         return sums, sizes
+
+    def rows(self, at: Sequence[int]) -> Tensor:
+        return torch.cat([self.stored[q : q + 1] for q in at])
 
     def result(self, answer: Answer) -> StoredMatrix:
         folder = self.stored.directory

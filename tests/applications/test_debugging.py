@@ -215,7 +215,7 @@ def test_a_prediction_warns_where_its_step_is_cut_short():
     model = LogisticRegression(C=100.0, solver="newton-cholesky", tol=1e-10).fit(X, labels)
     ours = debugging.suspects(model, (X, labels))
     fitted, made = ours.subject.fitted, {i: truth[i] for i in range(60) if truth[i] != labels[i]}
-    assert not fitted.attribute(held).against_sizes
+    assert not fitted.attribute(held).provenance.against_sizes
     _, share = movement(fitted, decided(made, ours.classes, ours.labels))
     assert share < 1
     with pytest.warns(AssumptionWarning, match=f"the prediction is that of {share:g} of it"):

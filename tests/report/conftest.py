@@ -30,6 +30,7 @@ HEALTH = {
     "solver_condition": 812.0,
     "row_sum_excess": 1e-12,
     "row_sum_excess_relative": 1e-11,
+    "beyond_first_order": [[1, 0.02], [10, 0.1]],
 }
 
 

@@ -210,6 +210,22 @@ def test_what_if_is_what_predict_says_for_every_query(facts, opened):
     assert page.locator(".drop-tick input:checked").count() == 0
 
 
+def test_so_many_together_have_no_size_where_first_order_is_off(run, opened):
+    health = dict(run.scores.provenance.health)
+    health["beyond_first_order"] = [[1, 0.05], [10, 0.5]]
+    run.scores = replace(run.scores, provenance=replace(run.scores.provenance, health=health))
+    run.write()
+    page = opened(run.path, "#queries/0")
+    boxes = page.locator(".drop-tick input").all()
+    first, second = (int(box.get_attribute("data-id")) for box in (boxes[0], boxes[1]))
+    dropping(page, first)
+    assert numbers(page.locator("#drop-change").inner_text())
+    dropping(page, second)
+    words = page.locator("#drop-words").inner_text()
+    assert "predicted to" in words and "size of so many together not supported" in words
+    assert not numbers(page.locator("#drop-change").inner_text())
+
+
 def test_any_example_may_be_dropped_by_number_where_all_columns_are_there(run, opened):
     run.options = {"k": 1}
     run.write()

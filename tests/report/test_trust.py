@@ -95,7 +95,7 @@ def test_an_approximation_or_an_unknown_method_has_no_sizes(run, make_provenance
 @pytest.mark.parametrize("hidden", [False, True])
 def test_of_real_methods_the_exact_ones_of_linear_models(curvature, hidden):
     torch.manual_seed(0)
-    x, y = torch.randn(60, 4).double(), torch.randint(3, (60,))
+    x, y = torch.randn(300, 4).double(), torch.randint(3, (300,))
     layers = [nn.Linear(4, 4), nn.Tanh()] if hidden else []
     task = uw.Task(nn.Sequential(*layers, nn.Linear(4, 3)).double(), uw.CrossEntropy(), uw.L2(0.1))
     train_in_place(task, (x, y))

@@ -198,12 +198,12 @@ class Suspects(Outcome):
 
     @cached_property
     def _against_sizes(self) -> str:
-        """What `Scores.predict` would say of the method's scores, here of one row."""
+        """What scores of the method say against their sizes, as derivatives; here of one row."""
         fitted = self.subject.fitted
         with warnings.catch_warnings():  # what it warns of is in what is said against sizes
             warnings.simplefilter("ignore", AssumptionWarning)
             scores = fitted.attribute(fitted.train.subset([0]))
-        return str(scores.against_sizes)
+        return str(scores.provenance.against_sizes)
 
     def apply(
         self,

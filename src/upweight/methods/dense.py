@@ -251,11 +251,11 @@ class DenseScorer(FlatScorer):
 
     @property
     def is_quick_of_itself(self) -> bool:
-        return self._linear is not None
+        return self.linear is not None
 
     def self_influence(self) -> Float[Tensor, " n"]:
         # One inverse where f is linear in θ.
-        return super().self_influence() if self._linear is None else self._linear.self_influence()
+        return super().self_influence() if self.linear is None else self.linear.self_influence()
 
     def _solved(self, vectors: Float[Tensor, "k p"]) -> Solution:
         solution = self.solver.solve(self.state, vectors)
@@ -269,10 +269,11 @@ class DenseScorer(FlatScorer):
     @property
     def linear_removals(self) -> LinearRemovals | None:
         """The fast path, where an example's share of H is Jᵀ Λ J: not for the Fishers' g gᵀ."""
-        return self._linear if isinstance(self.curvature, Hessian | GGN) else None
+        return self.linear if isinstance(self.curvature, Hessian | GGN) else None
 
     @cached_property
-    def _linear(self) -> LinearRemovals | None:
+    def linear(self) -> LinearRemovals | None:
+        """Leverages and removals, where the model is linear in θ."""
         if not isinstance(self.source, FactoredLinear):
             return None
         inverse = None
@@ -298,8 +299,8 @@ class DenseScorer(FlatScorer):
         return torch.stack([self.step(group) for group in groups])
 
     def leverages(self, start: int, stop: int) -> Float[Tensor, "b c c"]:
-        if self._linear is not None:
-            return self._linear.leverages(start, stop)
+        if self.linear is not None:
+            return self.linear.leverages(start, stop)
         batch, size = self.batch(start, stop), stop - start
         j = planned_jacobians(self.plan, self.theta, batch, size)
         solved = self.solve(j.flatten(0, 1)).reshape(j.shape)

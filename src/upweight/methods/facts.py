@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from upweight.facts import Fact
+from upweight.facts import FIRST_ORDER, REMOVAL_LIMIT, Fact
 from upweight.notation import count, percent, readable
 
 SUM = "Sum of scores (row-sum excess)"
@@ -32,7 +32,7 @@ def stated(health: Mapping[str, Any]) -> tuple[Fact, ...]:
     Args:
         health: As in `Provenance.health`.
     """
-    found = (_minimum, _row_sum, _solver, _contraction, _damping, _seen, _noise)
+    found = (_minimum, _row_sum, _solver, _contraction, _damping, _seen, _noise, _beyond)
     return tuple(fact for each in found if (fact := each(health)) is not None)
 
 
@@ -164,3 +164,18 @@ def _noise(health: Mapping[str, Any]) -> Fact | None:
     value = f"{percent(share)} of the scores exceed two standard errors"
     past = "most of what looks like an effect may be chance (noise)"
     return Fact("Noise", value, NOISE_LIMIT, meaning, by_chance, past)
+
+
+def _beyond(health: Mapping[str, Any]) -> Fact | None:
+    known = health.get("beyond_first_order")
+    if not known:
+        return None
+    told = ", ".join(
+        f"{'no minimum' if off is None else f'{100 * off:.2g} %'} for {k:,}" for k, off in known
+    )
+    meaning = (
+        "scores are derivatives in the weights: how far what removing the strongest examples of a "
+        "query does, so many together, is from their sum, relative to it"
+    )
+    past = "removing an example does not do what its score says (leverage)"
+    return Fact(FIRST_ORDER, told, REMOVAL_LIMIT, meaning, known[0][1], past)

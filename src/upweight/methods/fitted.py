@@ -19,6 +19,7 @@ from upweight._html import card
 from upweight._typing import Batch, Params
 from upweight.effects import NEWTON, PLUGIN, Effects, as_groups
 from upweight.errors import ModelChanged, NotOffered, SpecError
+from upweight.linalg.cholesky import Cholesky
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
@@ -177,6 +178,7 @@ class Fitted:
         sink = into.begin(self._sweep(asked))
         records: list[Any] = []
         sums = health.RowSums()
+        rows = removal.SomeRows(self._judged_by_removal(asked), n)
         if not sink.is_done:
             if sink.settings is not None:
                 asked = replace(
@@ -194,7 +196,9 @@ class Fitted:
                     )
                     with self.looked_at.explaining():
                         for start, stop, _ in progress(blocks, n, "scores"):
-                            sums.see(sink.take(job, start, stop))
+                            part = sink.take(job, start, stop)
+                            sums.see(part)
+                            rows.see(job, start, part)
                 sink.end(job)
                 sums.end(job.row_sums)
                 records.append(job.record)
@@ -202,7 +206,14 @@ class Fitted:
 
         @functools.cache  # a result of several parts is judged and warned of once; of shards, read
         def judgement() -> tuple[dict[str, Any], list[str]]:
-            return self._judged(records, sink.row_sums() or sums.seen, sums.expected)
+            judged, said = self._judged(records, sink.row_sums() or sums.seen, sums.expected)
+            if rows.at:
+                whole = sink.rows(rows.at) if rows.whole is None else rows.whole
+                if whole is not None:
+                    judged["beyond_first_order"] = removal.beyond_first_order(
+                        self._place, asked, rows.at, whole
+                    )
+            return judged, said
 
         def provenance(notes: Sequence[str] = ()) -> Provenance:
             judged, said = judgement()
@@ -755,6 +766,20 @@ class Fitted:
             sizes, self.losses, self.scorer.by_refits
         )]  # fmt: skip
         return judged, [*health.warned(denied), *noted, *notes]
+
+    def _judged_by_removal(self, asked: Asked) -> list[int]:
+        """Queries whose strongest examples are removed, to hold first order against that."""
+        scorer = self.scorer
+        if not (
+            isinstance(scorer, DenseScorer)
+            and scorer.linear is not None
+            and scorer.damping == 0.0  # which changes sizes by itself
+            and self.spec.unit is Unit.DERIVATIVE
+            and self._is_convex
+        ):
+            return []
+        few = removal.QUERIES_LOOKED_AT if isinstance(scorer.solver, Cholesky) else 1
+        return spaced(len(asked), few)
 
     def _minimum_denied(self, judged: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """What is warned of, and what only noted, of how far θ̂ is from a minimum."""

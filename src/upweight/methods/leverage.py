@@ -153,6 +153,16 @@ class LinearRemovals:
         u = group_output_gradients(delta, lambdas, self._jacobian_products(z))
         return self.share * self.solve(self.source.form.flatten(u.T @ z)[None])[0]
 
+    def curvature_along(self, group: Sequence[int], step: Float[Tensor, " p"]) -> float:
+        """Δθᵀ (1/n) Σ_U Hᵢ Δθ of a group and any step."""
+        form = self.source.form
+        matrix, size, total = form.matrix(step), batch_size(form.outputs * form.width, 8), 0.0
+        for start in range(0, len(group), size):
+            _, lambdas, z = self._output_derivatives(group[start : start + size])
+            moved = z @ matrix.T
+            total += float(torch.einsum("ea,eab,eb->", moved, lambdas, moved))
+        return self.share * total
+
     def _is_larger_than_theta(self, group: list[int]) -> bool:
         """Whether the group has more outputs than θ has entries: p equations are then fewer."""
         return len(group) * self.source.form.outputs > self.source.task.layout.size

@@ -116,6 +116,10 @@ class Sink(abc.ABC):
         """Σᵢ S[q, i] and Σᵢ |S[q, i]|, where not every block was seen in this pass."""
         return None
 
+    def rows(self, at: Sequence[int]) -> Float[Tensor, "k n"] | None:
+        """S of some queries, where not every block was seen in this pass."""
+        return None
+
     @abc.abstractmethod
     def result(self, answer: Answer) -> Any:
         """What came of it."""

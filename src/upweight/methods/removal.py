@@ -3,10 +3,13 @@
 by all of θ     one Newton step of the objective without them (`leverage.py`)
 by layer        to first order, −Σ_U S[q, i]
 evaluated       m(θ̂ + Δθ) − m(θ̂), whatever Δθ
+
+How far first order is from a removal, of exact curvatures: `beyond_first_order`.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +30,15 @@ from upweight.task.data import Data, batch_size
 from upweight.task.task import Task
 
 MEASURED = "removal: measured at θ̂ + Δθ, m(θ̂ + Δθ) − m(θ̂)"
+
+REMOVED_SHARES = 0.01, 0.1
+"""Shares of the training data whose removal is looked at, beside single examples."""
+
+QUERIES_LOOKED_AT = 4
+"""Queries whose strongest examples are removed; one where a solve takes many products."""
+
+ROUNDING = 64
+"""Units of rounding of a measurement below which the difference of two says nothing."""
 
 SUMMED = "removal: to first order, minus the sum of the scores, with the curvature of all the data"
 
@@ -130,6 +142,115 @@ def checked_step(scorer: Scorer, group: list[int]) -> tuple[Float[Tensor, " p"],
     if not isinstance(scorer, DenseScorer):
         return step, []
     return step, remainder.missed(scorer, [group], step[None], 1)
+
+
+# -- how far first order is from that --------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class SomeRows:
+    """S[q, i] of a few queries, kept while the scores stream by.
+
+    Args:
+        at: The queries, in order.
+        n: Training examples.
+    """
+
+    at: Sequence[int]
+    n: int
+    _rows: dict[int, Tensor] = field(default_factory=dict)
+    _seen: dict[int, int] = field(default_factory=dict)
+
+    def see(self, job: Job, start: int, part: Float[Tensor, "q b"]) -> None:
+        """Another block."""
+        for q in self.at:
+            if not job.first <= q < job.first + len(job):
+                continue
+            row = self._rows.setdefault(q, part.new_empty(self.n))
+            row[start : start + part.shape[1]] = part[q - job.first]
+            self._seen[q] = self._seen.get(q, 0) + part.shape[1]
+
+    @property
+    def whole(self) -> Float[Tensor, "q n"] | None:
+        """The rows; None where not every block streamed by, as when a run was resumed."""
+        if any(self._seen.get(q) != self.n for q in self.at):
+            return None
+        return torch.stack([self._rows[q] for q in self.at])
+
+
+def beyond_first_order(
+    at: Place, asked: Asked, places: Sequence[int], scores: Float[Tensor, "q n"]
+) -> list[tuple[int, float | None]]:
+    """How far −Σ_U S[q, i] is from what removing the strongest examples of a query does.
+
+        ‖m(θ̂ + tΔθ) − m(θ̂) + Σ_U S‖ / ‖Σ_U S‖,    Δθ = (H + λI)⁻¹ (1/n) Σ_U gᵢ
+        t = 1 / (1 − r),    r = Δθᵀ (1/n) Σ_U Hᵢ Δθ / Δθᵀ (H + λI) Δθ
+
+    in the norm over the queries. tΔθ is the minimum along Δθ of the objective without U to second
+    order: the Newton step for one example of a scalar output, whose leverage r is, and near it
+    elsewhere. A measure of θ and w, ∂φ/∂w included, is evaluated at both.
+
+    Args:
+        at: Where, by a `DenseScorer` whose model is linear in θ.
+        asked: The question.
+        places: Queries whose examples are removed.
+        scores: S of these.
+
+    Returns:
+        For 1, 1 % and 10 % of the examples (those whose removal moves the query most in one
+        direction): how many, and the largest for any of these queries; None where the others do not
+        determine a minimum.
+
+    Cost: a solve and a gradient for each, and one measurement of these queries.
+    """
+    scorer, n = at.scorer, len(at.train)
+    assert isinstance(scorer, DenseScorer) and scorer.linear is not None
+    if asked.queries is not None and asked.functional is None:
+        asked = replace(asked, queries=asked.queries.subset(places))
+        chosen = list(range(len(places)))
+    else:
+        chosen = list(places)
+    counts = sorted({1, *(max(1, round(share * n)) for share in REMOVED_SHARES)})
+    groups = [_strongest(row, k) for k in counts for row in scores]
+    pulls = torch.stack([scorer.total(group) for group in groups]) * scorer.share
+    solution = scorer.solver.solve(scorer.state, pulls)
+    if not solution.is_answer:  # the queries' own were solved, and this only judges their scores
+        return []
+    steps = solution.value
+    before = _measured(at, asked, at.theta, [])[chosen]
+    noise = ROUNDING * torch.finfo(before.dtype).eps * float(before.norm())
+    found: list[float | None] = []
+    for group, pull, step in zip(groups, pulls, steps, strict=True):
+        predicted = -scores[:, group].sum(dim=1).to(before)
+        if not bool(predicted.any()):
+            found.append(0.0)
+            continue
+        whole = float(pull.double() @ step.double())
+        left = 1 - scorer.linear.curvature_along(group, step) / whole if whole else 1.0
+        if not left > torch.finfo(step.dtype).eps ** 0.5:
+            found.append(None)
+            continue
+        direct = torch.zeros_like(predicted)
+        if asked.direct is not None:
+            direct = first_order(asked.direct, [group])[chosen, 0].to(predicted)
+        linear = (predicted - direct) / left + direct
+        reached = _measured(at, asked, at.theta + step / left, group)[chosen] - before
+        if float((reached - linear).norm()) <= noise:
+            reached = linear
+        off = float((reached - predicted).norm() / predicted.norm())
+        found.append(off if math.isfinite(off) else None)
+    return [
+        (k, None if None in some else max(filter(None, some), default=0.0))
+        for k, start in zip(counts, range(0, len(found), len(scores)), strict=True)
+        for some in [found[start : start + len(scores)]]
+    ]
+
+
+def _strongest(scores: Float[Tensor, " n"], k: int) -> list[int]:
+    """The k examples that together move a query most, all of them in one direction if they can."""
+    ends = (scores.topk(k, largest=largest).indices for largest in (False, True))
+    chosen: list[int] = max(ends, key=lambda at: float(scores[at].sum().abs())).tolist()
+    return chosen
 
 
 def without_each(

@@ -33,6 +33,7 @@ from upweight.report.tokenizer import require_tokenizer
 from upweight.report.tokens import tokens_of
 from upweight.report.totals import Grouping, Totals, totals
 from upweight.report.training import numbers_of, training_set
+from upweight.report.whatif import together
 from upweight.scores import Scores, Unit
 
 SIDES = ("raised", "lowered")
@@ -131,6 +132,7 @@ class Answers:
             "comparison": self.evidence.subsets,
             "features": self._features(),
             "newton": self.removal is not None,
+            "together": None if self.evidence.comparison else together(self.scores),
             "predicts": self.scores.unit is Unit.DERIVATIVE,
             "errs": self.scores.error is not None,
             "n": self.n,

@@ -3,7 +3,7 @@
     a comparison with retraining     its verdict; sizes from "Order and size" on
     8 removals or more               the worst of their verdicts
     neither                          none; sizes where the computation itself supports them, see
-                                     `upweight.provenance.Provenance.against_sizes`
+                                     `upweight.provenance.Provenance.against_removal`
 
 What is shown of removals, the scores or better predictions, may itself say that some of them miss;
 then there are no sizes, whatever was found of others. Elsewhere the page shows ranks and bars: a
@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from upweight.effects import Effects
+from upweight.effects import FIRST_ORDER, Effects
+from upweight.methods.removal import MEASURED, SUMMED
 from upweight.report.evidence import Evidence
 from upweight.scores import Scores, Unit
 from upweight.verdict import Verdict, worst
 
 MISSED = "removal: "
-"""How a removal's notes on itself start, which say that its predicted changes may be off."""
+"""How a removal's notes on itself start. They say that its predicted changes may be off, apart from
+those that say how it was predicted."""
 
 CAUTIONS = {
     Verdict.DOUBT: "not to be believed",
@@ -81,7 +83,7 @@ def _trust(scores: Scores, shown: Sequence[Scores | Effects], evidence: Evidence
         reason = "these scores have an order within each query and no size"
         return Trust(title, reason, "unchecked", "scores only rank")
     few = "the removals below are too few for a verdict; " if evidence.series else ""
-    notes = (_missed(shown), *(each.provenance.against_sizes for each in shown))
+    notes = (_missed(shown), *(_against(each, len(shown) == 1) for each in shown))
     against = next(filter(None, notes), None)
     if against is None and "against_sizes" in scores.provenance.health:
         reason = f"{few}the method itself trained again, and its sizes are of what that measured"
@@ -96,6 +98,14 @@ def _trust(scores: Scores, shown: Sequence[Scores | Effects], evidence: Evidence
     return Trust(title, reason, "unchecked", "size not checked")
 
 
+def _against(each: Scores | Effects, is_predicted: bool) -> str:
+    """Why not to read its sizes; of scores as removals only where no others are shown."""
+    made = each.provenance
+    if isinstance(each, Effects):
+        return made.against_removal() if each.how == FIRST_ORDER else made.against_sizes
+    return each.against_sizes if is_predicted else made.against_sizes
+
+
 def _found(verdict: Verdict, reason: str, notes: tuple[str, ...] = ()) -> Trust:
     caution = CAUTIONS[verdict]
     return Trust(verdict.value, reason, LEVELS[verdict], caution, notes)
@@ -105,7 +115,7 @@ def _missed(shown: Sequence[Scores | Effects]) -> str | None:
     """What removals say of themselves, in the first sentence of their note; None: nothing."""
     for scores in shown:
         for note in scores.provenance.notes:
-            if note.startswith(MISSED):
+            if note.startswith(MISSED) and note not in (MEASURED, SUMMED):
                 first = note.removeprefix(MISSED).partition(". ")[0].rstrip(".")
                 return f"the removals' own note says: {first}"
     return None

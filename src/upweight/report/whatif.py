@@ -2,7 +2,8 @@
 
     Δm_q = Σᵢ change[i, q],    change[i] = scores.predict(drop=[i])
 
-They are first-order predictions, the only ones that add up. A file cannot hold all q·n of them: it
+They are first-order predictions, the only ones that add up; of how many together the size is
+supported, `together` says. A file cannot hold all q·n of them: it
 holds whole columns of the examples that matter most, and of all examples where they are few.
 """
 
@@ -45,3 +46,17 @@ def columns(
         chosen = sorted(list(dict.fromkeys([*first, *others]))[:room])
     changes = without(numbers(scores, (slice(None), chosen)).T)
     return chosen, base64.b64encode(changes.astype("<f4").tobytes()).decode("ascii")
+
+
+def together(scores: Scores) -> int | None:
+    """Of how many columns dropped together the size is supported; None: no limit is known.
+
+    Of exact methods, from the removals that first order was held against. Where retraining was, its
+    verdict decides.
+    """
+    made = scores.provenance
+    known = made.health.get("beyond_first_order")
+    if scores.checks or not known:
+        return None
+    each = 1.0 if scores.columns is None else made.n / max(1, len(scores.columns))
+    return max((int(k / each) for k, _ in known if not made.against_removal(k)), default=0)

@@ -1,5 +1,7 @@
 // -- what if I drop these -------------------------------------------------------------------------
 
+// Why not to read the size of a prediction of what is dropped; empty: it is supported.
+const doubtOf = () => caution || (data.together !== null && dropped.size > data.together ? "size of so many together not supported" : "");
 const dropped = new Map(); // id → example, in the order of ticking
 let changesNow = null, panelRows = 40;
 
@@ -40,18 +42,18 @@ async function tellDropped() {
   const changes = await source.drop([...dropped.keys()]);
   if (ticket !== adding) return;
   changesNow = changes;
-  const what = dropped.size === 1 ? `this ${thing}` : `these ${several(dropped.size, thing)}`;
+  const doubt = doubtOf(), what = dropped.size === 1 ? `this ${thing}` : `these ${several(dropped.size, thing)}`;
   const words = [element("span", {}, `Without ${what}: `)];
   if (page === "queries" && current >= 0) {
     const change = changes[current], value = source.queries[current].value;
     if (Number.isNaN(change)) words.push(`the change of query ${current} is not known. `);
-    else if (caution) words.push(element("span", {}, `the ${noun} of query ${current} is predicted to `,
-      element("b", { id: "drop-change" }, directionOf(change)), ` (${caution}). `));
+    else if (doubt) words.push(element("span", {}, `the ${noun} of query ${current} is predicted to `,
+      element("b", { id: "drop-change" }, directionOf(change)), ` (${doubt}). `));
     else words.push(element("span", {}, `the ${noun} of query ${current} changes by about `,
       element("b", { id: "drop-change" }, number(change, true)), value === undefined ? ". " : `, from ${number(value)} to ${number(value + change)}${noun === "loss" && value >= 0 && value + change < 0 ? " (no loss is below 0: past where the prediction holds)" : ""}. `));
   }
   const order = sorted();
-  if (source.queries.length > 1 && order.length) words.push(element("span", { class: "hint" }, `Largest of all queries: ${caution ? "" : `${number(changes[order[0]], true)}, `}query ${order[0]}.`));
+  if (source.queries.length > 1 && order.length) words.push(element("span", { class: "hint" }, `Largest of all queries: ${doubt ? "" : `${number(changes[order[0]], true)}, `}query ${order[0]}.`));
   byId("drop-words").replaceChildren(...words);
   byId("drop-all").hidden = source.queries.length < 2;
   byId("drop-python").textContent = `scores.predict(drop=torch.tensor([${[...dropped.keys()].join(", ")}]))`;
@@ -63,7 +65,7 @@ const sorted = () => source.queries.map((_, q) => q).filter(q => !Number.isNaN(c
   .sort((a, b) => Math.abs(changesNow[b]) - Math.abs(changesNow[a]) || a - b);
 
 function drawDropped() {
-  const host = byId("drop-panel"), order = sorted(), unknown = source.queries.length - order.length;
+  const host = byId("drop-panel"), doubt = doubtOf(), order = sorted(), unknown = source.queries.length - order.length;
   const most = order.length ? Math.abs(changesNow[order[0]]) : 0, valued = source.queries[0].value !== undefined;
   const gone = element("div", { class: "gone" }, ...[...dropped.values()].map(example => {
     const button = element("button", { type: "button", class: "chip", "aria-label": `keep ${example.words}` }, tile("train", example.tile, 24), own(example.label), " ", own(example.name), " ×");
@@ -76,16 +78,16 @@ function drawDropped() {
     const bar = element("span", { class: "bar-cell", "aria-hidden": "true" }, element("span"));
     bar.firstChild.style.width = `${most ? 50 * Math.abs(change) / most : 0}%`;
     bar.firstChild.className = change >= 0 ? "up" : "down";
-    if (caution) return [link, query.label, bar, directionOf(change), ...(valued ? [number(query.value)] : [])];
+    if (doubt) return [link, query.label, bar, directionOf(change), ...(valued ? [number(query.value)] : [])];
     return [link, query.label, bar, number(change, true), ...(valued ? [number(query.value), number(query.value + change)] : [])];
   });
   const up = order.filter(q => changesNow[q] > 0).length, total = order.reduce((sum, q) => sum + changesNow[q], 0);
   const parts = [gone, element("p", { class: "hint" },
     `First-order prediction: effects of removals add up${data.newton ? "; the corrected predictions on the cards do not" : ""}. `
-    + `Of ${several(order.length, "query")} ${whole(up)} ${up === 1 ? "gains" : "gain"} and ${whole(order.length - up)} ${order.length - up === 1 ? "does" : "do"} not; ${caution || `the mean change is ${number(total / (order.length || 1), true)}`}.`
+    + `Of ${several(order.length, "query")} ${whole(up)} ${up === 1 ? "gains" : "gain"} and ${whole(order.length - up)} ${order.length - up === 1 ? "does" : "do"} not; ${doubt || `the mean change is ${number(total / (order.length || 1), true)}`}.`
     + (unknown ? ` Of ${several(unknown, "query")} the change is not known: this file does not hold all scores of what is ticked.` : ""))];
   parts.push(scrolling("Predicted change of every query", table(`Predicted change of the ${noun}, largest first`,
-    ["query", "label", "", "change", ...(valued ? ["now", ...(caution ? [] : ["then"])] : [])], rows, { class: "changes" })));
+    ["query", "label", "", "change", ...(valued ? ["now", ...(doubt ? [] : ["then"])] : [])], rows, { class: "changes" })));
   if (order.length > panelRows) {
     const button = element("button", { type: "button", class: "plain" }, `Show ${whole(Math.min(200, order.length - panelRows))} more`);
     button.addEventListener("click", () => { panelRows += 200; drawDropped(); });
