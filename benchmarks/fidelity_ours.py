@@ -43,7 +43,8 @@ class Ours(Method):
     def scores(self, measure: str) -> Tensor:
         Xq, yq = self.problem.Xq, self.problem.yq
         solver = getattr(self.method, "solver", None)
-        by_products = isinstance(self.method, uw.ASTRA) or solver not in (None, uw.solvers.Auto())
+        of_all = isinstance(self.method, uw.ASTRA | uw.Averaged)
+        by_products = of_all or solver not in (None, uw.solvers.Auto())
         whole = self.problem.kind != "text" or not by_products
         size = len(Xq) if whole else SEQUENCES  # products with all at once take gigabytes
         parts = [
@@ -197,6 +198,12 @@ def corrected(halves: int) -> uw.Datamodels:
     return uw.Datamodels(halves, 0.5, 20, prior=uw.Stacked(methods, halves, 0.5, seeds=20))
 
 
+def roughly(problem: Problem) -> uw.Influence:
+    """The GGN with the λ of the front door, by conjugate gradients to a residual of a tenth."""
+    by_cg = uw.solvers.CG(rtol=0.1, preconditioner=uw.EKFAC())
+    return uw.Influence(uw.GGN(), by_cg, usual(problem))
+
+
 RETRAINED = (
     retrained(
         "EK-FAC, 10 seeds",
@@ -328,6 +335,13 @@ OURS = (
             trained_in_steps,
         )
         for count in (3, 6)
+    ),
+    ours(
+        "SOURCE and GGN",
+        lambda problem: uw.Averaged((uw.SOURCE(3), roughly(problem))),
+        "Averaged: SOURCE(3), and GGN(), CG(rtol=0.1, preconditioner=EKFAC()), λ of the front door",
+        lambda problem: trained_in_steps(problem) or only_networks(problem),
+        lambda problem: False,
     ),
     ours(
         "GGN, CG by EK-FAC",

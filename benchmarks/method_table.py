@@ -203,6 +203,17 @@ WORDS: Mapping[str, Words] = {
         ("EK-FAC, 10 seeds",),
         "of its method",
     ),
+    "Averaged": Words(
+        "ensemble.md#averaged",
+        "the scores of several methods at θ̂",
+        "what its methods need, as a recipe or trajectory",
+        "of every method",
+        "as its methods, and 2n numbers per query",
+        "every method is",
+        "a poor method counts as much as a good one",
+        ("SOURCE and GGN",),
+        "∂m/∂w if that of all",
+    ),
     "Stacked": Words(
         "ensemble.md#stacked",
         "scores of methods by layer, and models of random subsets",

@@ -26,6 +26,7 @@ from upweight.front.plan import plan
 from upweight.index.index import Index
 from upweight.linalg.damping import Absolute, Evidence, FromTraining, Relative
 from upweight.methods.astra import ASTRA
+from upweight.methods.averaged import Averaged
 from upweight.methods.baselines import BM25, Random, TrainingLoss
 from upweight.methods.bif import BIF
 from upweight.methods.datainf import DataInf
@@ -82,6 +83,7 @@ __all__ = [
     "AbsoluteError",
     "Adam",
     "AdamW",
+    "Averaged",
     "Bernoulli",
     "Blockwise",
     "Coefficient",

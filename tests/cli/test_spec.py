@@ -107,6 +107,7 @@ NEEDED = {
     uw.Blockwise: ((("bias", uw.Diagonal()),),), uw.Weighted: (uw.CrossEntropy(),),
     uw.training.PBRF: (0.1,), uw.Ensemble: (uw.Influence(),),
     uw.Stacked: ((uw.GradientDot(), uw.Ensemble(uw.Influence(uw.EKFAC()), at=0.5)),),
+    uw.Averaged: ((uw.GradientDot(), uw.SOURCE(3)),),
     uw.DataInf: (uw.Relative(0.1),), uw.BIF: (0.01, 1.0),
     uw.ASTRA: (0.1, uw.KFAC(), 3, None),
     Rescaled: (uw.SquaredError(), 2.0),

@@ -161,15 +161,17 @@ def recorded(folder, model):
     return run.history(uw.Task(model.eval(), uw.CrossEntropy()))
 
 
-def test_a_recipe_chooses_source_and_the_damping_of_its_training(capsys):
+def test_a_recipe_chooses_source_and_the_ggn(capsys):
     model, task = of_recipe()
     assert resolved(RECIPE, task, N) == pytest.approx(LAM, rel=1e-12)
     history = RECIPE.trajectory(task, TRAIN)
-    expected = uw.SOURCE().fit(uw.Task(model, uw.CrossEntropy()), TRAIN, history=history)
+    method = uw.Averaged((uw.SOURCE(), choice.roughly(uw.Absolute(0.02))))
+    expected = method.fit(uw.Task(model, uw.CrossEntropy()), TRAIN, history=history)
     expected = expected.attribute(QUERIES).values
     for known in ({"recipe": RECIPE}, {"trajectory": history}):
         scores = uw.attribute(model, TRAIN, QUERIES, uw.CrossEntropy(), **known)
-        assert "chose SOURCE(): the steps of its training" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "chose Averaged((SOURCE(), Influence(GGN(), CG(0.1, preconditioner=EKFAC())" in told
         assert_close(scores.values, expected)
     facts = facts_of(task, as_data(TRAIN), 5, trajectory=history)
     assert facts.trajectory and facts.recipe and facts.resolved == pytest.approx(LAM)
@@ -184,7 +186,7 @@ def test_a_recorded_loop_chooses_source(tmp_path, capsys):
     facts = facts_of(uw.Task(model, uw.CrossEntropy()), as_data(TRAIN), 5, trajectory=history)
     assert facts.trajectory and not facts.recipe and facts.resolved == pytest.approx(LAM)
     scores = uw.attribute(model, TRAIN, QUERIES, uw.CrossEntropy(), trajectory=history, budget=60)
-    assert scores.provenance.method.startswith("SOURCE(segments=3")
+    assert scores.provenance.method.startswith("Averaged(methods=(SOURCE(segments=3")
 
 
 def test_a_recipe_that_does_not_lead_to_the_model_is_not_taken_for_its_training(capsys):
@@ -193,7 +195,8 @@ def test_a_recipe_that_does_not_lead_to_the_model_is_not_taken_for_its_training(
         model, TRAIN, (X[:1], Y[:1]), uw.CrossEntropy(), recipe=RECIPE, budget="9 s"
     )
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "chose SOURCE" in lines[0] and "SOURCE: could not be" in lines[1]
+    assert len(lines) == 2 and "chose Averaged((SOURCE" in lines[0]
+    assert "SOURCE and the GGN, SOURCE: could not be" in lines[1]
     (told,) = (note for note in scores.provenance.notes if "must end at the parameters" in note)
     assert "the mean loss there is" in told and "other settings" in told
     assert "GGN" in scores.provenance.method and "CG(" in scores.provenance.method
@@ -240,7 +243,7 @@ def test_a_budget_for_retraining_is_spent_on_halves(capsys, monkeypatch):
         model, TRAIN, None, uw.CrossEntropy(), recipe=RECIPE, budget="1 h",
         measure=uw.Coefficient(0),
     )  # fmt: skip
-    assert isinstance(of_model.choice.method, uw.SOURCE)
+    assert isinstance(of_model.choice.method, uw.Averaged)
     adam = uw.Training(network, uw.Adam(1e-2), epochs=2, batch=10)
     for given, of in ((adam, uw.Stacked), (uw.Training(None, uw.SGD()), uw.Influence)):
         found = asked(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=given, budget="1 h")
@@ -325,7 +328,7 @@ def test_halves_that_tell_nothing_are_not_trained_again(monkeypatch, capsys, kin
     monkeypatch.setattr(uw.Stacked, "prepare", fails)
     model, _ = of_recipe()
     scores = uw.attribute(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE, budget="1 h")
-    assert tried == halves and scores.provenance.method.startswith("SOURCE(")
+    assert tried == halves and scores.provenance.method.startswith("Averaged(methods=(SOURCE(")
     assert capsys.readouterr().err.count("chose") == 1 + len(halves)
 
 
@@ -469,7 +472,7 @@ def test_a_plan_of_a_named_method_knows_what_the_table_knows():
     ekfac = planned(uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)))
     assert ekfac.fidelity == fidelity_of("upweight EK-FAC") and ekfac.seconds > 0
     chosen = uw.plan(model, TRAIN, QUERIES, uw.CrossEntropy(), recipe=RECIPE)
-    source = planned(uw.SOURCE(), recipe=RECIPE)
+    source = planned(chosen.method, recipe=RECIPE)
     assert source.method == chosen.method and source.fidelity == chosen.fidelity
     assert source.seconds > 1 and source.bytes == chosen.bytes > 0
     magic = planned(uw.MAGIC(), recipe=RECIPE)

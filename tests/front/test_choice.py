@@ -27,6 +27,7 @@ SMALL = replace(LINEAR, parameters=1_000, linear=False)
 KNOWN = replace(
     SMALL, resolved=1e-3, queries=5_000, recipe=True, training_seconds=2.0, half_seconds=1.0
 )
+FEW = replace(KNOWN, queries=20)
 BY_FUNCTION = replace(SMALL, function=True, half_seconds=1.0)
 NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, epoch_seconds=20.0)
 
@@ -59,6 +60,10 @@ NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, e
         (replace(KNOWN, recipe=False, trajectory=True, training_seconds=0.0), "SOURCE"),
         (replace(KNOWN, training_seconds=float("inf"), half_seconds=float("inf")), "EK-FAC, λ of"),
         (replace(KNOWN, resolved=None), "SOURCE"),  # Adam
+        (FEW, "SOURCE and the GGN"),
+        (replace(FEW, failed=("SOURCE and the GGN",)), "SOURCE"),
+        (replace(FEW, memory_bytes=10**6), "SOURCE"),
+        (replace(FEW, curved=False), "SOURCE"),
         (replace(KNOWN, resolved=None, failed=("SOURCE",)), "GGN"),
         (replace(KNOWN, likelihood=False), "EK-FAC in expectation"),
         (replace(KNOWN, budget_seconds=20.0), "SOURCE"),
@@ -79,6 +84,7 @@ NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, e
 )
 def test_the_table(facts, name):
     assert choose(facts).name.startswith(name)
+    assert ("GGN" in choose(facts).name) == ("GGN" in name)
     assert choose(facts) == choose(facts)
 
 

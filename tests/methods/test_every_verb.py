@@ -42,9 +42,11 @@ FITTED_TO_QUERIES = (uw.Stacked,)
 
 def spec_of(method):
     fields = inspect.signature(method).parameters
-    small = CHEAP | (
-        {"subsets": 20} if method is uw.SubsampledInfluence else {}
-    )  # in two, out of two
+    own = {
+        uw.SubsampledInfluence: {"subsets": 20},  # in two, out of two
+        uw.Averaged: {"methods": (uw.GradientDot(), uw.TracIn())},
+    }
+    small = CHEAP | own.get(method, {})
     return method(**{k: v for k, v in (ARGUMENTS | small).items() if k in fields})
 
 

@@ -23,7 +23,7 @@ from upweight.errors import SpecError, UpweightError
 
 WORDS = {
     "method": "Influence GradientDot GradientCosine KNNShapley DataShapley FeatureSimilarity "
-    "BM25 Random TrainingLoss Ensemble Stacked Datamodels TracIn SOURCE LoGra TRAK "
+    "BM25 Random TrainingLoss Ensemble Averaged Stacked Datamodels TracIn SOURCE LoGra TRAK "
     "MAGIC DataInf ASTRA BIF RepresenterPoints LeaveOneOut SubsampledInfluence",
     "curvature": "Hessian GGN Fisher EmpiricalFisher EKFAC KFAC Diagonal Blockwise",
     "labels": "labels.Sampled labels.Expected labels.Observed",
