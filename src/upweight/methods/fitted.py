@@ -725,7 +725,7 @@ class Fitted:
 
     @cached_property
     def _baseline(self) -> tuple[float, float] | None:
-        return health.constant_baseline(self.task, self.theta, self.train)
+        return health.constant_baseline(self.task, self.theta, self.train, self.losses)
 
     def _judged(
         self,
