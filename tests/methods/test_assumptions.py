@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tests.market import names, problem
 from upweight import (
@@ -26,11 +27,14 @@ from upweight import (
     SquaredError,
     Task,
     Top,
+    next_token,
 )
 from upweight.errors import AssumptionWarning, UpweightError
 from upweight.labels import Observed
 from upweight.methods.health import constant_baseline
-from upweight.task.data import as_data
+from upweight.task.data import Data, as_data
+from upweight.task.probe import evenly_spaced
+from upweight.task.task import call_model
 from upweight.training import Newton
 
 N, Q = 60, 6
@@ -162,10 +166,15 @@ def test_no_trained_model_of_the_market_is_noted(name: str) -> None:
         assert not any("minimum" in note for note in scores.provenance.notes)
 
 
+def baseline(task: Task, data: Data) -> Any:
+    theta = task.theta()
+    with torch.no_grad():
+        losses = [task.losses(theta, batch) for _, _, batch in data.batches(64)]
+    return constant_baseline(task, theta, data, torch.cat(losses))
+
+
 def constant(loss: Any, net: nn.Module, targets: Tensor, shape: tuple[int, ...]) -> Any:
-    task = Task(net, loss)
-    data = as_data((torch.randn(len(targets), *shape), targets))
-    return constant_baseline(task, task.theta(), data)
+    return baseline(Task(net, loss), as_data((torch.randn(len(targets), *shape), targets)))
 
 
 def test_the_loss_of_the_best_constant_is_entropy_or_half_the_variance() -> None:
@@ -175,8 +184,7 @@ def test_the_loss_of_the_best_constant_is_entropy_or_half_the_variance() -> None
     soft = nn.functional.one_hot(y, 2).double()
     net = nn.Linear(4, 2).double()
     X = torch.randn(200, 4, dtype=torch.float64)
-    task = Task(net, CrossEntropy())
-    found = constant_baseline(task, task.theta(), as_data((X, soft)))
+    found = baseline(Task(net, CrossEntropy()), as_data((X, soft)))
     assert found is not None and found[1] == pytest.approx(entropy)
     expected = nn.functional.cross_entropy(net(X), soft)
     assert found[0] == pytest.approx(expected.item())
@@ -189,6 +197,134 @@ def test_the_loss_of_the_best_constant_is_entropy_or_half_the_variance() -> None
     values = torch.randn(200, 3)
     half = float(values.var(dim=0, correction=0).sum() / 2)
     assert constant(SquaredError(), nn.Linear(4, 3), values, (4,))[1] == pytest.approx(half, 1e-5)
+
+
+class Words(nn.Module):
+    """Logits of the next of five words, at each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids))
+
+
+class ForCausalLM(Words):
+    """Of this name, its labels are shifted."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many examples the model is asked, each time."""
+    sizes, call = [], Task.call
+
+    def counted(self: Task, params: Any, batch: Any) -> Any:
+        found = call(self, params, batch)
+        sizes.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(Task, "call", counted)
+    return sizes
+
+
+def sequences(n: int) -> list[tuple[Tensor, Tensor]]:
+    lengths = (torch.arange(n) * 7 % 5 + 2).tolist()
+    return [(torch.randint(0, 5, (t,)), torch.randint(0, 5, (t,))) for t in lengths]
+
+
+def padded(items: Any) -> tuple[Tensor, Tensor]:
+    xs, ys = zip(*items, strict=True)
+    pad = nn.utils.rnn.pad_sequence
+    return pad([*xs], batch_first=True), pad([*ys], batch_first=True, padding_value=-100)
+
+
+def trainings(n: int) -> dict[str, tuple[nn.Module, Any, Any]]:
+    """By name: a model, its loss and its data."""
+    X, image = torch.randn(n, 4), torch.randn(n, 4, 3)
+    y, pixels = torch.randint(0, 3, (n,)), torch.randint(0, 3, (n, 3))
+    some = torch.where(torch.rand(n, 3) < 0.3, -1, pixels)
+    soft = torch.randn(n, 3).softmax(1)
+    weighted = CrossEntropy(weight=(1.0, 0.5, 2.0), label_smoothing=0.1)
+    ids = torch.randint(0, 5, (n, 6))
+    return {
+        "classes": (nn.Linear(4, 3), CrossEntropy(), (X, y)),
+        "weighted classes": (nn.Linear(4, 3), weighted, (X, y)),
+        "shares of classes": (nn.Linear(4, 3), CrossEntropy(), (X, soft)),
+        "classes on axis 1": (nn.Conv1d(4, 3, 1), CrossEntropy(axis=1), (image, pixels)),
+        "shares on axis 1": (
+            nn.Conv1d(4, 3, 1),
+            CrossEntropy(axis=1),
+            (image, torch.randn(n, 3, 3).softmax(1)),
+        ),
+        "classes last": (
+            nn.Linear(4, 3),
+            CrossEntropy(axis=-1, ignore_index=-1),
+            (image.mT, some),
+        ),
+        "yes or no": (nn.Linear(4, 2), Bernoulli(), (X, torch.rand(n, 2).round())),
+        "one answer": (
+            nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)),
+            Bernoulli(),
+            (X, torch.rand(n).round()),
+        ),
+        "numbers": (nn.Linear(4, 2), SquaredError(), (X, torch.randn(n, 2))),
+        "images": (nn.Conv1d(4, 2, 1), SquaredError(), (image, torch.randn(n, 2, 3))),
+        "texts": (
+            Words(),
+            CrossEntropy(),
+            DataLoader(sequences(n), batch_size=8, collate_fn=padded),  # type: ignore[arg-type]
+        ),
+        "next words": (ForCausalLM(), CrossEntropy(), {"input_ids": ids, "labels": ids}),
+    }
+
+
+@pytest.mark.parametrize("name", trainings(1))
+def test_the_model_is_not_run_again_to_know_the_loss_of_a_constant(
+    name: str, ran: list[int]
+) -> None:
+    """Where targets are read from the batch; a function of the user's own is run, to the same."""
+    torch.manual_seed(3)
+    model, loss, given = trainings(300)[name]
+    data = as_data(given)
+    read, run = Task(model, loss), Task(model, loss, forward=lambda m, b: call_model(m, b))
+    expected = baseline(run, data)
+    ran.clear()
+    assert baseline(read, data) == pytest.approx(expected, rel=1e-12)
+    assert sum(ran) == 300 + 1  # those of the losses, and one for the outputs' shape
+    at = evenly_spaced(300, 256)
+    assert len(set(at)) == 256
+    with torch.no_grad():
+        own = [read.losses(read.theta(), data.batch(i, i + 1)) for i in at]
+    assert expected[0] == pytest.approx(float(torch.cat(own).double().mean()), rel=1e-6)
+
+
+def test_next_token_is_read_from_the_batch_too(ran: list[int]) -> None:
+    ids = torch.randint(0, 5, (100, 6))
+    found = baseline(Task(Words(), CrossEntropy(), forward=next_token), as_data((ids, ids)))
+    assert sum(ran) == 101
+    p = torch.bincount(ids[:, 1:].flatten()) / 500
+    assert found[1] == pytest.approx(float(-5 * (p * p.log()).sum()), rel=1e-5)
+
+
+def test_a_loss_whose_targets_have_another_shape_asks_the_model(ran: list[int]) -> None:
+    class OfColumns(SquaredError):
+        """Whose targets lack the last axis of the outputs."""
+
+        def check(self, outputs: Tensor, targets: Tensor) -> None:
+            assert outputs.shape == (*targets.shape, 1)
+
+        def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return super().__call__(outputs, targets.reshape(outputs.shape))
+
+    net, (X, y) = nn.Linear(4, 1), (torch.randn(100, 4), torch.randn(100))
+    found = baseline(Task(net, OfColumns()), as_data((X, y)))
+    assert sum(ran) == 201
+    mean, half = 0.5 * (net(X)[:, 0] - y).square().mean().detach(), 0.5 * y.var(correction=0)
+    assert found == pytest.approx((float(mean), float(half)), rel=1e-5)
 
 
 def test_no_constant_is_claimed_of_few_targets_or_another_loss() -> None:

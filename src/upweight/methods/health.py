@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight._typing import Batch
 from upweight.curvature.layerwise import BlockCurvature
 from upweight.errors import AssumptionWarning, NonFinite, listed, message
 from upweight.gradients.blocks import Plan
@@ -25,7 +26,7 @@ from upweight.methods.facts import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMI
 from upweight.runtime import callers
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
-from upweight.task.losses import Bernoulli, CrossEntropy, SquaredError
+from upweight.task.losses import Bernoulli, CrossEntropy, Loss, SquaredError
 from upweight.task.precision import dtypes_in
 from upweight.task.probe import evenly_spaced
 from upweight.task.task import Task
@@ -306,26 +307,38 @@ def solved(judged: Mapping[str, Any]) -> list[str]:
 
 
 def constant_baseline(
-    task: Task, theta: Float[Tensor, " p"], data: Data
+    task: Task, theta: Float[Tensor, " p"], data: Data, losses: Float[Tensor, " n"]
 ) -> tuple[float, float] | None:
     """The mean training loss, and that of the best output that is the same for all examples.
 
     Of cross-entropy that is the entropy of the labels' frequencies, of the squared error half the
     variance. None where the loss has no such constant, or the targets are too few or of several
-    shapes.
+    shapes. Both are of at most `BASELINE_EXAMPLES` evenly spaced examples.
 
-    Cost: one forward pass over at most `BASELINE_EXAMPLES` evenly spaced examples.
+    Args:
+        task: What was trained.
+        theta: θ̂.
+        data: The training data.
+        losses: ℓᵢ(θ̂) of every training example, after the checks of `upweight.task.check`.
+
+    Cost: one example's forward pass where targets are read from the batch (`Task.targets`), and one
+    over all of these examples where `forward` of the user's own makes them.
     """
     if not isinstance(task.loss, CrossEntropy | Bernoulli | SquaredError):
         return None
     least, most = BASELINE_EXAMPLES
-    some = data.subset(evenly_spaced(len(data), min(max(least, len(data) // 16), most)))
-    losses, shapes, targets = [], [], []
+    at = evenly_spaced(len(data), min(max(least, len(data) // 16), most))
+    some, shapes, targets = data.subset(at), [], []
     with torch.no_grad():
+        shape_of = _shape_of_outputs(task, theta, task.to_device(some.batch(0, 1)))
         for _, _, batch in progress(some.batches(16), len(some), "loss of a constant output"):
-            outputs, wanted = task.call(theta, task.to_device(batch))
-            losses.append(task.losses_of(outputs, wanted).double())
-            shapes.append(outputs.shape)
+            batch = task.to_device(batch)
+            if shape_of is None:
+                outputs, wanted = task.call(theta, batch)
+                shapes.append(outputs.shape)
+            else:
+                wanted = task.targets(batch)
+                shapes.append(shape_of(wanted))
             targets.append(wanted)
         constant = _best_constant(task.loss, shapes, targets)
         if constant is None:
@@ -334,7 +347,34 @@ def constant_baseline(
             task.losses_of(constant.expand(shape), wanted)
             for shape, wanted in zip(shapes, targets, strict=True)
         ]
-    return float(torch.cat(losses).mean()), float(torch.cat(of_constant).mean())
+    return float(losses[list(at)].double().mean()), float(torch.cat(of_constant).mean())
+
+
+def _shape_of_outputs(
+    task: Task, theta: Float[Tensor, " p"], example: Batch
+) -> Callable[[Tensor], torch.Size] | None:
+    """The shape of the outputs that belong to some targets; None where only the model can tell.
+
+    It is that of the targets, with one more axis where they are classes. One example is asked.
+    """
+    outputs, wanted = task.call(theta, example)
+    loss, classes = task.loss, _axis(task.loss, outputs.ndim)
+
+    def shape(targets: Tensor) -> torch.Size:
+        if not isinstance(loss, CrossEntropy) or targets.is_floating_point():
+            return targets.shape
+        return torch.Size(
+            [*targets.shape[:classes], outputs.shape[classes], *targets.shape[classes:]]
+        )
+
+    is_read = task.targets(example) is not None
+    return shape if is_read and shape(wanted) == outputs.shape else None
+
+
+def _axis(loss: Loss, ndim: int) -> int:
+    """Where the classes are."""
+    axis = loss.axis if isinstance(loss, CrossEntropy) else None
+    return (-1 if axis is None else axis) % ndim
 
 
 def _best_constant(
@@ -349,8 +389,9 @@ def _best_constant(
         mean = torch.cat([y.reshape(s) for y, s in zip(targets, shapes, strict=True)])
         mean = mean.double().mean(dim=0)
         return torch.logit(mean, eps=1e-9) if isinstance(loss, Bernoulli) else mean
-    axis = -1 if loss.axis is None else loss.axis
-    classes, ndim = shapes[0][axis], len(shapes[0])
+    ndim = len(shapes[0])
+    axis = _axis(loss, ndim)
+    classes = shapes[0][axis]
     counts = torch.zeros(classes, dtype=torch.float64, device=targets[0].device)
     for y in targets:
         if y.is_floating_point():
@@ -362,7 +403,7 @@ def _best_constant(
         return None
     tiny = torch.finfo(counts.dtype).tiny
     logits = (counts / counts.sum()).clamp_min(tiny).log()  # of no target: never asked
-    return logits.reshape([classes if k == axis % ndim else 1 for k in range(ndim)])
+    return logits.reshape([classes if k == axis else 1 for k in range(ndim)])
 
 
 def zero_rows(

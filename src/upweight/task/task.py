@@ -89,6 +89,18 @@ def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _called(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+    inputs, targets = _parts(batch)
+    if isinstance(inputs, dict):
+        outputs = model(**without_cache(model, inputs))
+    else:
+        outputs = model(*inputs)
+    if isinstance(outputs, Mapping):
+        return outputs.get("logits", outputs), targets
+    return getattr(outputs, "logits", outputs), targets
+
+
+def _parts(batch: Batch) -> tuple[dict[str, Any] | tuple[Any, ...], Any]:
+    """The model's inputs, and the targets."""
     if isinstance(batch, dict):
         keys = [key for key in TARGET_KEYS if key in batch]
         if len(keys) != 1:
@@ -99,20 +111,15 @@ def _called(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
                 "rename the key, or say how to call the model with "
                 "Task(forward=lambda model, batch: (outputs, targets)).",
             )
-        inputs = {key: value for key, value in batch.items() if key != keys[0]}
-        outputs, targets = model(**without_cache(model, inputs)), batch[keys[0]]
-    elif isinstance(batch, tuple) and len(batch) >= 2:
-        outputs, targets = model(*batch[:-1]), batch[-1]
-    else:
-        raise DataError(
-            "A batch must be (inputs..., targets) or a dict.",
-            f"a {type(batch).__name__}{_length(batch)}.",
-            "inputs without targets.",
-            "give the data as (X, y), or say how to call the model with Task(forward=...).",
-        )
-    if isinstance(outputs, Mapping):
-        return outputs.get("logits", outputs), targets
-    return getattr(outputs, "logits", outputs), targets
+        return {key: value for key, value in batch.items() if key != keys[0]}, batch[keys[0]]
+    if isinstance(batch, tuple) and len(batch) >= 2:
+        return batch[:-1], batch[-1]
+    raise DataError(
+        "A batch must be (inputs..., targets) or a dict.",
+        f"a {type(batch).__name__}{_length(batch)}.",
+        "inputs without targets.",
+        "give the data as (X, y), or say how to call the model with Task(forward=...).",
+    )
 
 
 def _length(batch: Any) -> str:
@@ -340,6 +347,17 @@ class Task:
                 _Call(self.model, self.forward), values, (batch,), tie_weights=False
             )
         return found if records else mapped(_detached, found)
+
+    def targets(self, batch: Batch) -> Any:
+        """The targets of a batch, where `forward` is known to read them from it; otherwise None.
+
+        Cost: none; the model is not run.
+        """
+        if self.forward is not call_model and self.forward is not next_token:
+            return None
+        targets = _parts(batch)[1]
+        shifts = isinstance(batch, dict) and shifts_labels(self.model)
+        return targets[:, 1:] if shifts or self.forward is next_token else targets
 
     @property
     def meanwhile(self) -> Callable[[], None] | None:
