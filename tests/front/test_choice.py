@@ -31,6 +31,20 @@ BY_FUNCTION = replace(SMALL, function=True, half_seconds=1.0)
 NETWORK = replace(LINEAR, parameters=2_000_000, examples=50_000, linear=False, epoch_seconds=20.0)
 
 
+def test_products_by_conjugate_gradients_are_no_more_than_parameters():
+    """A product costs 2np multiply-adds, or two passes; a factorization is had some other way."""
+    few = replace(LINEAR, parameters=50, queries=10_000, memory_bytes=10)
+    found = choose(few)
+    assert found.name == "exact Hessian by CG"
+    products = 50 * 2 * few.examples * 50 * few.queries
+    assert found.seconds == pytest.approx(1 + products / few.products_per_second)
+    tiny = replace(SMALL, parameters=10, queries=20, memory_bytes=10_000, resolved=1e-3)
+    by_cg = next(row for row in ROWS if row.name == "GGN by CG, λ of training").seconds
+    assert by_cg(tiny) - by_cg(replace(tiny, queries=0)) == pytest.approx(
+        20 * 2 * 10 * tiny.epoch_seconds, rel=1e-3
+    )
+
+
 @pytest.mark.parametrize(
     ("facts", "name"),
     [

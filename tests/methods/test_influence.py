@@ -1,6 +1,7 @@
 """Influence: the formula, what moves the parameters, provenance and what is refused."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -261,3 +262,19 @@ def test_a_solver_that_may_take_minutes_says_so_before_it_starts(monkeypatch):
         fitted = uw.Influence(damping=2.0).fit(p.task, p.train)
     assert any("min a query" in note for note in fitted.attribute(p.queries).provenance.notes)
     uw.Influence(uw.GGN(), damping=2.0).fit(p.task, p.train)  # a factor is had once
+
+
+def test_damping_bounds_the_products_that_are_warned_of(monkeypatch):
+    """2√κ ((√κ − 1)/(√κ + 1))^k ≤ rtol: known where λ is the least that an eigenvalue can be."""
+    p = problem("mlp_tanh")
+    monkeypatch.setattr("upweight.methods.health.SLOW_S", 0.0)
+    method = uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-2), damping=0.5)
+    with pytest.warns(UserWarning, match=r"takes up to \d+ products") as said:
+        fitted = method.fit(p.task, p.train)
+    told = int(re.search(r"up to (\d+) products", str(said[0].message))[1])
+    ends = torch.linalg.eigvalsh(fitted.scorer.operator.dense())
+    root = float(ends[-1] / 0.5) ** 0.5
+    exact = math.log(2 * root / 1e-2) / math.log((root + 1) / (root - 1))
+    assert exact <= told <= 1.1 * exact + 1
+    assert told < p.task.layout.size
+    assert fitted.attribute(p.queries).provenance.health["solver_steps"] <= told

@@ -208,13 +208,14 @@ def _dense_seconds(f: Facts) -> float:
 
 
 def _cg_seconds(f: Facts) -> float:
-    """Some 30 products with the GGN for each query, each about two passes."""
-    return _ekfac_seconds(f) + 60 * f.queries * f.epoch_seconds
+    """Some 30 products with the GGN for each query, but no more than p, each about two passes."""
+    return _ekfac_seconds(f) + 2 * min(30, f.parameters) * f.queries * f.epoch_seconds
 
 
 def _linear_cg_seconds(f: Facts) -> float:
-    """Some 200 products with the Hessian of a linear map for each query."""
-    return 1 + 400 * f.examples * f.parameters * f.queries / f.products_per_second
+    """Some 200 products with the Hessian of a linear map for each query, but no more than p."""
+    steps = min(200, f.parameters)
+    return 1 + 2 * steps * f.examples * f.parameters * f.queries / f.products_per_second
 
 
 def _ekfac_seconds(f: Facts, passes: float = 8, besides: float = FIRST) -> float:
