@@ -243,12 +243,14 @@ def _partial_seconds(f: Facts) -> float:
 
 def _source_seconds(f: Facts) -> float:
     """A fit and a pass for each of two states of each segment, and the run where it is not kept."""
-    return 2 * SEGMENTS * _ekfac_seconds(f) + (0.0 if f.trajectory else f.training_seconds)
+    fits = 2 * SEGMENTS * _ekfac_seconds(f, besides=AGAIN)
+    return FIRST + fits + (0.0 if f.trajectory else f.training_seconds)
 
 
 def _stacked_seconds(f: Facts, halves: int) -> float:
     """The trainings, and a fit and a pass at one state of each segment of each member."""
-    return halves * (f.half_seconds + SEGMENTS * _ekfac_seconds(f, 4))
+    fit = _ekfac_seconds(f, 4, besides=AGAIN)
+    return FIRST + halves * (f.half_seconds + SEGMENTS * fit)
 
 
 def _ends_seconds(f: Facts, halves: int) -> float:
