@@ -12,7 +12,7 @@ from upweight.cli.spec import parse
 from upweight.curvature.hessian import Hessian
 from upweight.errors import UnsupportedModel
 from upweight.front.choice import ROWS, Facts, choose, in_short, known_as
-from upweight.front.facts import facts_of, half_seconds
+from upweight.front.facts import epoch_seconds, facts_of, half_seconds
 from upweight.linalg.damping import Absolute, Relative
 from upweight.linalg.minres import MINRES
 from upweight.linalg.solve import Auto
@@ -166,6 +166,29 @@ def test_a_small_network_is_not_forecast_by_what_a_process_does_once():
     assert found.name == "stacked over 40 halves" and 10 < found.seconds < 30
     by_source = choose(replace(small, recipe=False, trajectory=True, budget_seconds=10.0))
     assert by_source.name == "SOURCE" and 0.5 < by_source.seconds < 2
+
+
+@pytest.mark.parametrize("each", [1e-6, 1e-3])
+def test_an_epoch_is_timed_on_as_many_examples_as_a_pass_takes(each, monkeypatch):
+    """A call costs 1 ms besides: of 32 small examples that is nearly all of their time."""
+    now, passed = [0.0], []
+
+    class Timed(nn.Linear):
+        def forward(self, x):
+            now[0] += 1e-3 + each * len(x)
+            passed.append(len(x))
+            return super().forward(x)
+
+    monkeypatch.setattr("upweight.front.facts.time.perf_counter", lambda: now[0])
+    n = 4096
+    task, train = (
+        uw.Task(Timed(3, 2), uw.CrossEntropy()),
+        as_data((torch.ones(n, 3), torch.ones(n).long())),
+    )
+    found = epoch_seconds(task, task.theta(), train)
+    assert found == pytest.approx((2 * 1e-3 if each == 1e-6 else n / 32 * 1e-3) + n * each)
+    assert max(passed) == (2048 if each == 1e-6 else 32)
+    assert now[0] < (0.03 if each == 1e-6 else 3 * 33e-3 + 1e-9)
 
 
 @pytest.mark.parametrize(
