@@ -355,8 +355,8 @@ ROWS: tuple[Row, ...] = (
         "SOURCE",
         lambda f: SOURCE(SEGMENTS),
         lambda f: f.likelihood and (f.recipe or f.trajectory),
-        "the steps of its training are known: the best order of one model on the benchmark by SGD, "
-        "and by Adam one as good as EK-FAC's or better, with sizes that are too large",
+        "the steps of its training are known: by SGD one of the best orders of one model on the "
+        "benchmark, and by Adam one as good as EK-FAC's or better, with sizes that are too large",
         _source_seconds,
         lambda f: 8.0 * 2 * SEGMENTS * f.parameters,
         "upweight SOURCE, 3 segments",
