@@ -9,11 +9,11 @@ from torch import nn
 
 import upweight as uw
 from tests.laws.subjects import assert_same, first_output
-from tests.market import BUILDERS, names, problem
+from tests.market import BUILDERS, draw, names, problem
 from tests.reference import dense
 from tests.reference.retrain import minimize, weight_derivative
 from upweight.cli.spec import parse
-from upweight.errors import NotConverged, NotPositiveDefinite, ShapeError, SpecError
+from upweight.errors import NonFinite, NotConverged, NotPositiveDefinite, ShapeError, SpecError
 
 EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 REFERENCES = {
@@ -262,6 +262,35 @@ def test_a_solver_that_may_take_minutes_says_so_before_it_starts(monkeypatch):
         fitted = uw.Influence(damping=2.0).fit(p.task, p.train)
     assert any("min a query" in note for note in fitted.attribute(p.queries).provenance.notes)
     uw.Influence(uw.GGN(), damping=2.0).fit(p.task, p.train)  # a factor is had once
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        uw.Influence(uw.Hessian(), uw.solvers.Cholesky()),
+        uw.Influence(uw.Hessian(), uw.solvers.CG()),
+        uw.LoGra(3, damping=0.1),
+    ],
+    ids=repr,
+)
+def test_a_query_whose_gradient_is_infinite_is_named(method):
+    """√|f| is 0 where f is, and its slope is not finite."""
+    g = torch.Generator().manual_seed(0)
+    X, y = draw(g, 20, 3), draw(g, 20, 1)
+    inputs, targets = draw(g, 4, 3), draw(g, 4, 1)
+    inputs[2] = 0
+    task = uw.Task(nn.Linear(3, 1, bias=False).double(), uw.SquaredError(), uw.L2(0.1))
+    ones = torch.ones(1, 20).double()
+    theta = uw.training.Newton().prepare(task, uw.as_data((X, y)))(ones).alone()
+    fitted = method.fit(task.moved_to(theta), (X, y))
+
+    def root(outputs, _):
+        return outputs[:, 0].abs().sqrt()
+
+    with pytest.raises(NonFinite, match=r"(?s)1 of 4 are not, first that of query 2.*leave this"):
+        fitted.attribute((inputs, targets), root)
+    left = [0, 1, 3]
+    assert bool(fitted.attribute((inputs[left], targets[left]), root).values.isfinite().all())
 
 
 def test_damping_bounds_the_products_that_are_warned_of(monkeypatch):
