@@ -16,7 +16,9 @@ from upweight.applications.reweighting import Walk
 from upweight.applications.selection import Trial
 from upweight.applications.subject import subject_of
 from upweight.errors import SpecError
+from upweight.testing.attacks import perturb_training
 from upweight.training import FromFunction
+from upweight.training.subset_models import subset_models
 
 N, CLASSES = 60, 3
 EKFAC = uw.Influence(uw.EKFAC(uw.labels.Expected()), damping=0.1, tolerance=0)
@@ -138,6 +140,51 @@ def test_cleansed_models_are_measured_with_their_own(attacked, tmp_path):
         chosen = fit(without(done.chosen.rows))
         same(method.task.moved_to(done.theta, done.others).model, chosen)
         assert sorted(done.others) == sorted(statistics(chosen))
+
+
+@pytest.mark.parametrize("given", ["models", "state dicts", "subset models"])
+def test_suspects_are_ranked_at_other_models_with_their_own(attacked, given):
+    fit, method, clean, triggered = attacked
+    others = clean[1] != 0
+    asked = [[x[others][:6] for x in data] for data in (triggered, clean)]
+    recipe, (X, y) = FromFunction(fit, twice=False), method.train.batch(0, N)
+    halves = subset_models(recipe, method.task, method.train, 2)
+    members = [fit(w) for w in halves.weights]
+    history = {
+        "models": members, "state dicts": [m.state_dict() for m in members],
+        "subset models": halves,
+    }  # fmt: skip
+    found = poisoning.suspects(method, *asked, history=history[given])
+    expected = []
+    for model in (method.task.model, *members):
+        at = uw.GradientDot().fit(uw.Task(model, uw.CrossEntropy()), (X, y))
+        here = poisoning.suspects(at, *asked, target=found.target).predicted
+        expected.append(here / here.norm())
+    assert_close(found.predicted, torch.stack(expected).mean(dim=0), rtol=1e-10, atol=1e-14)
+
+
+def test_changed_training_images_are_trained_on_with_their_own():
+    X, y = drawn(N, 0)
+    X = X.sigmoid()
+    model = loop(X, y)(without(()))
+    fitted = EKFAC.fit(uw.Task(model, uw.CrossEntropy()), (X, y))
+    query, epsilon = tuple(x[:1] for x in drawn(3, 1)), 8 / 255
+
+    def changed(steps):
+        return perturb_training(fitted, query, 3, epsilon, recipe=Loop(), steps=steps, candidates=5)
+
+    first, second = changed(1), changed(2)
+    for found in (first, second):
+        refit = loop(found.X, y)(without(()))
+        same(fitted.task.moved_to(found.theta, found.others).model, refit)
+        assert found.after == pytest.approx(float(losses(refit, query)), rel=1e-9)
+        assert sorted(found.others) == sorted(statistics(refit))
+    # The second step goes up the slope of the refit after the first.
+    after = EKFAC.fit(uw.Task(loop(first.X, y)(without(())), uw.CrossEntropy()), (first.X, y))
+    for i in first.rows:
+        slope = after.input_influence(i, query)[0].sign()
+        moved = second.X[i] - first.X[i]
+        assert bool((moved * slope >= -1e-12).all()) and bool((moved != 0).any())
 
 
 def test_kept_rows_are_judged_by_models_with_their_own(noisy):

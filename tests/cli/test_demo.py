@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import upweight as uw
 from upweight.cli import demo
 from upweight.scores import Scores
+from upweight.verdict import Verdict
 
 
 @pytest.fixture
@@ -54,9 +55,20 @@ def test_demo_writes_what_it_says(coarse, tmp_path, capsys):
     scores = Scores.load(tmp_path / "out" / "scores")
     assert scores.values.shape == (3, 250)
     assert_close(scores.removal([[0, 1]]).values[:, 0], -scores.values[:, :2].sum(dim=1))
+    assert not scores.checks  # five removals are too few for a verdict
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Can I trust this?" in page
     assert "raised" in capsys.readouterr().out
+
+
+def test_the_scores_carry_what_the_removals_said(coarse, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "REMOVALS", 8)
+    demo.run(tmp_path / "out", "softmax")
+    (found,) = Scores.load(tmp_path / "out" / "scores").checks
+    assert found.verdict is Verdict.SIZE
+    assert found.models == 8 + 1
+    assert found.reason.endswith("on the removals that were retrained")
+    assert capsys.readouterr().out.strip().startswith(f"{found.verdict}: {found.reason}.")
 
 
 @pytest.fixture
@@ -89,7 +101,10 @@ def test_network_demo_writes_what_it_says(quick, network, tmp_path, capsys):
     health = summary["provenance"]["health"]
     assert health["contraction_error"] <= health["tolerance"]
     assert health["gradient_norm"] > 0
-    assert Scores.load(tmp_path / "out" / "scores").values.shape == (3, 250)
+    scores = Scores.load(tmp_path / "out" / "scores")
+    assert scores.values.shape == (3, 250)
+    (found,) = scores.checks
+    assert found.models == 2 * (2 * 4 + 1 + 1)  # two seeds, of each set and of all digits
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Damping against the spectrum" in page
     assert "sets of 5 training images were really removed" in page

@@ -16,6 +16,8 @@ from upweight.gradients.factored import (
     any_nonzero,
     stacked,
 )
+from upweight.linalg.eigen import Eigen
+from upweight.scoring.queries import rotated
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -113,6 +115,25 @@ def test_projected(factors, full):
     left, right = draw(g, full.shape[1], 2), draw(g, full.shape[2], 3)
     found = factors.projected(left, right).matrices()
     torch.testing.assert_close(found, left.T @ full @ right, **EXACT)
+
+
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+def test_rotated(factors, full, sides):
+    g = torch.Generator().manual_seed(1)
+    q, r = (torch.linalg.qr(draw(g, k, k))[0] for k in full.shape[1:])
+    eigen = Eigen((q if sides[0] else None, r if sides[1] else None), full.new_ones(full.shape[1:]))
+    left, right = q if sides[0] else torch.eye(len(q)), r if sides[1] else torch.eye(len(r))
+    expected = left.to(full).T @ full @ right.to(full)
+    torch.testing.assert_close(rotated(factors, eigen).matrices(), expected, **EXACT)
+
+
+def test_lookups_are_rotated_without_rows_of_zeros_and_a_one(monkeypatch):
+    part = lookups(4)
+    q, r = torch.linalg.qr(part.left[0].new_ones(6, 6).tril())[0], torch.eye(3).double()
+    expected = part.matrices()
+    monkeypatch.setattr(Lookups, "left", property(lambda self: pytest.fail("written out")))
+    found = rotated(part, Eigen((q, r), expected.new_ones(6, 3)))
+    torch.testing.assert_close(found.matrices(), q.T @ expected, **EXACT)
 
 
 @pytest.mark.parametrize("index", [slice(1, 3), torch.tensor([4, 0, 0])], ids=["slice", "tensor"])

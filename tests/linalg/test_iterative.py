@@ -1,6 +1,8 @@
 """CG, BlockCG and MINRES: what each promises beyond the contract of all solvers."""
 
 import itertools
+import math
+import re
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from upweight.errors import NotConverged, NotPositiveDefinite
 from upweight.linalg import CG, MINRES, BlockCG, Cholesky, Dense, DiagonalMatrix, Result, Tag, solve
 from upweight.linalg.block_cg import orthonormal
+from upweight.linalg.cg import most_steps
 
 SYMMETRIC, PSD = frozenset({Tag.SYMMETRIC}), frozenset({Tag.PSD})
 ALL = [CG(1e-9, 2000), BlockCG(1e-9, 2000), MINRES(1e-9, 2000)]
@@ -65,6 +68,48 @@ def test_max_steps_returns_what_it_reached_and_says_how_far(solver):
     assert solution.result is Result.MAX_STEPS and solution.stats.steps == 4
     r = torch.linalg.vector_norm(A.mv(solution.value) - b, dim=1)
     torch.testing.assert_close(solution.stats.residuals, r / torch.linalg.vector_norm(b, dim=1))
+
+
+@pytest.fixture
+def told(capsys, monkeypatch):
+    """How many products there will be, as said after each of them."""
+    for name in ("FIRST", "EVERY"):
+        monkeypatch.setattr(f"upweight.runtime.progress.{name}", 0.0)
+
+    def totals():
+        lines = capsys.readouterr().err.splitlines()
+        found = [re.search(r"(\d+) of ([\d,]+) products", line).groups() for line in lines]
+        return {int(k): int(total.replace(",", "")) for k, total in found}
+
+    return totals
+
+
+@pytest.mark.parametrize("solver", [ALL[0], ALL[2]], ids=lambda s: type(s).__name__)
+def test_products_to_go_follow_the_residual(solver, told):
+    A = spectrum(torch.linspace(1, 30, p).double())
+    steps = solve(A, draw(4, p), solver).stats.steps
+    totals = told()
+    assert steps < p and max(totals.values()) <= p
+    assert all(0.7 * steps < totals[k] < 1.5 * steps for k in range(steps // 2, steps))
+
+
+@pytest.mark.parametrize("solver", [ALL[0], ALL[2]], ids=lambda s: type(s).__name__)
+def test_products_to_go_are_no_more_than_equations_but_for_rounding(solver, told):
+    steps = solve(spectrum(torch.logspace(-5, 0, p).double()), draw(p), solver).stats.steps
+    totals = told()
+    assert steps > p + 1
+    assert max(total for k, total in totals.items() if k < p) <= p
+    assert all(k < total <= 2000 for k, total in totals.items())
+
+
+def test_steps_that_suffice_for_a_condition_number():
+    eigenvalues = torch.linspace(1, 50, p).double()
+    for rtol in (1e-2, 1e-6):
+        most = most_steps(50.0, rtol)
+        for solver in (CG(rtol), MINRES(rtol)):
+            assert solve(spectrum(eigenvalues), draw(8, p), solver).stats.steps <= most
+        assert most < 20 * math.log10(50 / rtol)
+    assert most_steps(1.0, 1e-9) == 1
 
 
 @name

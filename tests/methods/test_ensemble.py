@@ -215,18 +215,26 @@ def test_what_cannot_be_meant_is_refused():
         fitted.attribute(None, uw.Coefficient(0))
 
 
-def test_members_differ_in_theta_alone():
+def test_members_have_running_statistics_of_their_own():
     def made(seed):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().eval()
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().eval()
+        model[1].running_mean += seed
+        return model
 
-    task, other = uw.Task(made(0), uw.CrossEntropy()), made(1)
-    spec = uw.Ensemble(uw.GradientDot(), 2)
-    spec.fit(task, (X, Y), history=[other, other])
-    other[1].running_mean += 1.0  # θ at which the task's own statistics say nothing
-    for history in ([other], [other.state_dict()]):
-        with pytest.raises(SpecError, match=r"running_mean.*no part of θ"):
-            spec.fit(task, (X, Y), history=history)
+    task, models = uw.Task(made(0), uw.CrossEntropy()), [made(1), made(2)]
+    spec = uw.GradientDot()
+    alone = [
+        spec.fit(uw.Task(model, uw.CrossEntropy()), (X, Y)).attribute((X, Y)).values
+        for model in models
+    ]
+    for history in (models, [model.state_dict() for model in models]):
+        found = uw.Ensemble(spec, 2).fit(task, (X, Y), history=history)
+        torch.testing.assert_close(found.attribute((X, Y)).values, (alone[0] + alone[1]) / 2)
+    wider = made(1)
+    wider[1].running_mean = torch.zeros(3, 1).double()
+    with pytest.raises(SpecError, match=r"without '1\.running_mean' of shape \(4,\)"):
+        uw.Ensemble(spec, 1).fit(task, (X, Y), history=[wider])
 
 
 def test_members_with_a_tied_weight():

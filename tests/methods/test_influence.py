@@ -1,6 +1,7 @@
 """Influence: the formula, what moves the parameters, provenance and what is refused."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from torch import nn
 
 import upweight as uw
 from tests.laws.subjects import assert_same, first_output
-from tests.market import BUILDERS, names, problem
+from tests.market import BUILDERS, draw, names, problem
 from tests.reference import dense
 from tests.reference.retrain import minimize, weight_derivative
 from upweight.cli.spec import parse
-from upweight.errors import NotConverged, NotPositiveDefinite, ShapeError, SpecError
+from upweight.errors import NonFinite, NotConverged, NotPositiveDefinite, ShapeError, SpecError
 
 EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 REFERENCES = {
@@ -261,3 +262,48 @@ def test_a_solver_that_may_take_minutes_says_so_before_it_starts(monkeypatch):
         fitted = uw.Influence(damping=2.0).fit(p.task, p.train)
     assert any("min a query" in note for note in fitted.attribute(p.queries).provenance.notes)
     uw.Influence(uw.GGN(), damping=2.0).fit(p.task, p.train)  # a factor is had once
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        uw.Influence(uw.Hessian(), uw.solvers.Cholesky()),
+        uw.Influence(uw.Hessian(), uw.solvers.CG()),
+        uw.LoGra(3, damping=0.1),
+    ],
+    ids=repr,
+)
+def test_a_query_whose_gradient_is_infinite_is_named(method):
+    """√|f| is 0 where f is, and its slope is not finite."""
+    g = torch.Generator().manual_seed(0)
+    X, y = draw(g, 20, 3), draw(g, 20, 1)
+    inputs, targets = draw(g, 4, 3), draw(g, 4, 1)
+    inputs[2] = 0
+    task = uw.Task(nn.Linear(3, 1, bias=False).double(), uw.SquaredError(), uw.L2(0.1))
+    ones = torch.ones(1, 20).double()
+    theta = uw.training.Newton().prepare(task, uw.as_data((X, y)))(ones).alone()
+    fitted = method.fit(task.moved_to(theta), (X, y))
+
+    def root(outputs, _):
+        return outputs[:, 0].abs().sqrt()
+
+    with pytest.raises(NonFinite, match=r"(?s)1 of 4 are not, first that of query 2.*leave this"):
+        fitted.attribute((inputs, targets), root)
+    left = [0, 1, 3]
+    assert bool(fitted.attribute((inputs[left], targets[left]), root).values.isfinite().all())
+
+
+def test_damping_bounds_the_products_that_are_warned_of(monkeypatch):
+    """2√κ ((√κ − 1)/(√κ + 1))^k ≤ rtol: known where λ is the least that an eigenvalue can be."""
+    p = problem("mlp_tanh")
+    monkeypatch.setattr("upweight.methods.health.SLOW_S", 0.0)
+    method = uw.Influence(uw.GGN(), uw.solvers.CG(rtol=1e-2), damping=0.5)
+    with pytest.warns(UserWarning, match=r"takes up to \d+ products") as said:
+        fitted = method.fit(p.task, p.train)
+    told = int(re.search(r"up to (\d+) products", str(said[0].message))[1])
+    ends = torch.linalg.eigvalsh(fitted.scorer.operator.dense())
+    root = float(ends[-1] / 0.5) ** 0.5
+    exact = math.log(2 * root / 1e-2) / math.log((root + 1) / (root - 1))
+    assert exact <= told <= 1.1 * exact + 1
+    assert told < p.task.layout.size
+    assert fitted.attribute(p.queries).provenance.health["solver_steps"] <= told

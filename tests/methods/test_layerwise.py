@@ -356,6 +356,14 @@ def test_examples_that_are_not_learned_from_are_checked_when_they_are_scored(ask
             fitted.self_influence() if ask == "self_influence" else fitted.attribute((X[:3], y[:3]))
 
 
+def test_which_examples_are_learned_from_is_said_in_one_place():
+    method = uw.EKFAC(examples=20)
+    assert method.places(200) == list(range(0, 200, 10))
+    assert method.places(20) is None and uw.EKFAC().places(200) is None
+    with pytest.raises(DataError, match="at least one example"):
+        uw.EKFAC(examples=0).places(200)
+
+
 def test_scores_do_not_depend_on_which_losses_are_known():
     task, X, y, method = bounded()
     later, before = method.fit(task, (X, y)), method.fit(task, (X, y))

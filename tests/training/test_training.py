@@ -445,3 +445,13 @@ def test_targets_that_do_not_fit_are_refused_before_anything_is_trained(loss, ou
     assert torch.equal(torch.get_rng_state(), before)
     fitting = y[:, None] if outputs == 1 else y.clamp(max=1)
     Training(lambda: made, SGD(0.1), epochs=1).trained(spec, (given[0], fitting))
+
+
+@pytest.mark.parametrize("skip_absent", [False, True])
+def test_empty_data_are_refused_as_empty(skip_absent):
+    X, y = data()
+    recipe = Training(None, SGD(0.1), epochs=1, skip_absent=skip_absent)
+    with pytest.raises(DataError, match="training data must hold at least one example"):
+        recipe.trained(task(), (X[:0], y[:0]))
+    with pytest.raises(DataError, match="training data must hold at least one example"):
+        uw.training.Newton().prepare(task(), as_data((X[:0], y[:0])))

@@ -279,8 +279,9 @@ def suspects(
         measure: `Contrast()`; or any measure, of which the mean over `triggered` is asked.
         target: The class that the attack asks for. None: what the model answers most often.
         history: Other states of the model, such as those of its training: a `Trajectory`, or a list
-            of models, state dicts or vectors θ. The method is fitted at each of them too, and the
-            ranking is by the mean of S_k/‖S_k‖ over these states and θ̂.
+            of models, state dicts or vectors θ. The method is fitted at each of them too, a model
+            with its own running statistics, and the ranking is by the mean of S_k/‖S_k‖ over these
+            states and θ̂.
 
     Returns:
         The ranking. Its rows are suspects, not poison: see `cleanse`.
@@ -314,11 +315,10 @@ def suspects(
     values = fitted.attribute(queries, question).values[0]
     states = 0
     if history is not None:
-        thetas = members_given(task, history)
         spec: Any = fitted.spec
         parts = [values]
-        for theta in thetas:
-            at = spec.fit(task.moved_to(theta.to(fitted.theta)), fitted.train)
+        for member in members_given(task, history):
+            at = spec.fit(task.moved_to(*member), fitted.train)
             parts.append(at.attribute(queries, question).values[0])
         values, states = torch.stack([_unit(part) for part in parts]).mean(dim=0), len(parts) - 1
     return Suspects(

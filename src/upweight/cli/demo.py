@@ -23,8 +23,10 @@ from upweight.evaluation import (
 )  # fmt: skip
 from upweight.methods.facts import stated
 from upweight.notation import readable
+from upweight.report.evidence import evidence_of
 from upweight.runtime.resources import Resources
 from upweight.training import removal_weights, retrain
+from upweight.verdict import Checked
 
 QUERIES = 100
 REMOVALS = 60
@@ -77,6 +79,7 @@ class Found:
 
     facts: dict[str, Any]
     evidence: list[LOO]
+    models: int
     text: str = ""
     removal: uw.Effects | None = None
 
@@ -106,6 +109,9 @@ def run(out: Path, model: str) -> dict[str, Any]:
         done(f"{scores.values.numel():,} scores")
 
     found = subject.verify(fitted, scores, subject.recipe)
+    told = evidence_of(found.evidence, *scores.values.shape)
+    if (judged := told.judgement) is not None:
+        scores.checks.append(Checked(judged.verdict, judged.reason, found.models, told.notes))
 
     with step("Write the report") as done:
         scores.save(out / "scores")
@@ -175,7 +181,7 @@ def one_by_one(fitted: Any, scores: uw.Scores, recipe: Any) -> Found:
     first = compare(scores, actual, chosen, query=0)
     corrected = compare(removal, actual, chosen, query=0)
     facts = {"first_order": first.summary(), "leverage_corrected": corrected.summary()}
-    return Found({"loo": facts}, [first, corrected], removal=removal)
+    return Found({"loo": facts}, [first, corrected], actual.models, removal=removal)
 
 
 def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
@@ -197,7 +203,8 @@ def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
         seeds = [replace(recipe, seed=seed) for seed in range(SEEDS)]
         rounds = [retrain(each, *about, resources=using) for each in seeds]
         changes = torch.stack([each.change for each in rounds])
-        done(f"{SEEDS * (len(chosen) + 1)} networks")
+        models = SEEDS * (len(chosen) + 1)
+        done(f"{models} networks")
     asked = replace(scores, values=scores.values[: len(queries)])
     every = compare(asked, rounds, groups, label="EK-FAC")
     predicted, actual, errors = every.predicted, every.actual, every.errors
@@ -218,7 +225,7 @@ def in_sets(fitted: Any, scores: uw.Scores, recipe: uw.Training) -> Found:
     title = f"change of the loss of query 0, mean of {SEEDS} seeds ± standard error (predicted)"
     own = [row for row in rows if row["query"] == 0 and row["chosen_for"] in (0, None)]
     text = f"{title}\n{table(list(map(line, own)))}\n"
-    return Found({"loo": summaries, "removals": rows}, evidence, text)
+    return Found({"loo": summaries, "removals": rows}, evidence, models, text)
 
 
 def sets(scores: uw.Scores, checked: int) -> list[tuple[int | None, str, list[int]]]:

@@ -199,7 +199,11 @@ class LayerwiseCurvature(abc.ABC):
         """
         made = planning.plan(task, theta, data) if plan is None else plan
         spent = cost(made, theta, data)
-        seen, notes = self._seen(data)
+        at, notes = self.places(len(data)), tuple[str, ...]()
+        seen = data if at is None else data.subset(at)
+        if at is not None:
+            some = f"{len(at)} of {len(data)} training examples"
+            notes = (f"curvature from {some}, evenly spaced",)
         estimators = [
             self.estimator(block, made.dtype, task.layout.device) for block in made.blocks
         ]
@@ -253,11 +257,15 @@ class LayerwiseCurvature(abc.ABC):
         every = (*made.notes, *notes, *_rounding_notes(estimators), *penalty_notes)
         return BlockCurvature(made, theta, spent, blocks, every, seconds)
 
-    def _seen(self, data: Data) -> tuple[Data, tuple[str, ...]]:
-        """The examples to learn from, evenly spaced, and a note if they are not all."""
-        m, n = self.examples, len(data)
+    def places(self, n: int) -> list[int] | None:
+        """Which of n examples it learns from, evenly spaced; None: all.
+
+        Raises:
+            DataError: `examples` is no number of examples.
+        """
+        m = self.examples
         if m is None:
-            return data, ()
+            return None
         if not isinstance(m, Integral) or m < 1:
             raise DataError(
                 "A curvature needs at least one example.",
@@ -265,10 +273,7 @@ class LayerwiseCurvature(abc.ABC):
                 "a fraction where a number of examples is meant.",
                 "give a number of examples, or None for all.",
             )
-        if m >= n:
-            return data, ()
-        note = f"curvature from {m} of {n} training examples, evenly spaced"
-        return data.subset(spaced(n, m)), (note,)
+        return spaced(n, m) if m < n else None
 
 
 @dataclass(frozen=True)

@@ -221,13 +221,13 @@ def _dense_seconds(f: Facts) -> float:
 
 
 def _cg_seconds(f: Facts) -> float:
-    """Some 30 products with the GGN for each query, each about two passes."""
-    return _ekfac_seconds(f) + 60 * f.queries * f.epoch_seconds
+    """Some 30 products with the GGN for each query, but no more than p, each about two passes."""
+    return _ekfac_seconds(f) + 2 * min(30, f.parameters) * f.queries * f.epoch_seconds
 
 
 def _rough_seconds(f: Facts) -> float:
-    """Some 10 products with the GGN for each query."""
-    return _ekfac_seconds(f) + 20 * f.queries * f.epoch_seconds
+    """Some 20 products with the GGN for each query, but no more than p, each about two passes."""
+    return _ekfac_seconds(f) + 2 * min(20, f.parameters) * f.queries * f.epoch_seconds
 
 
 def _rough_bytes(f: Facts) -> float:
@@ -236,8 +236,9 @@ def _rough_bytes(f: Facts) -> float:
 
 
 def _linear_cg_seconds(f: Facts) -> float:
-    """Some 200 products with the Hessian of a linear map for each query."""
-    return 1 + 400 * f.examples * f.parameters * f.queries / f.products_per_second
+    """Some 200 products with the Hessian of a linear map for each query, but no more than p."""
+    steps = min(200, f.parameters)
+    return 1 + 2 * steps * f.examples * f.parameters * f.queries / f.products_per_second
 
 
 def _ekfac_seconds(f: Facts, passes: float = 8, besides: float = FIRST) -> float:
@@ -265,12 +266,14 @@ def _partial_seconds(f: Facts) -> float:
 
 def _source_seconds(f: Facts) -> float:
     """A fit and a pass for each of two states of each segment, and the run where it is not kept."""
-    return 2 * SEGMENTS * _ekfac_seconds(f) + (0.0 if f.trajectory else f.training_seconds)
+    fits = 2 * SEGMENTS * _ekfac_seconds(f, besides=AGAIN)
+    return FIRST + fits + (0.0 if f.trajectory else f.training_seconds)
 
 
 def _stacked_seconds(f: Facts, halves: int) -> float:
     """The trainings, and a fit and a pass at one state of each segment of each member."""
-    return halves * (f.half_seconds + SEGMENTS * _ekfac_seconds(f, 4))
+    fit = _ekfac_seconds(f, 4, besides=AGAIN)
+    return FIRST + halves * (f.half_seconds + SEGMENTS * fit)
 
 
 def _ends_seconds(f: Facts, halves: int) -> float:

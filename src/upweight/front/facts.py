@@ -6,18 +6,20 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from upweight._typing import Batch
 from upweight.errors import UpweightError
 from upweight.front.choice import PATIENCE, Facts
 from upweight.gradients.linear import linear_form
 from upweight.runtime.hardware import product_seconds
 from upweight.runtime.memory import free_bytes
 from upweight.task.check import require_answerable
-from upweight.task.data import Data
+from upweight.task.data import Data, batch_size
 from upweight.task.losses import AbsoluteError, Bernoulli, CrossEntropy, Loss, Weighted
 from upweight.task.model_loss import targets_in
 from upweight.task.task import Task
@@ -28,7 +30,10 @@ from upweight.training.subset_models import fitting_weights
 from upweight.training.training import Training
 
 TIMED = 32
-"""Examples in a timed pass."""
+"""Examples in a timed pass, at first."""
+
+GROWTH, SHORT = 4, 2e-3
+"""So many times as many are timed next, where to read them and to pass takes so few seconds."""
 
 STEPS = 8
 """Of training that are timed."""
@@ -58,9 +63,10 @@ def facts_of(
     Raises:
         UpweightError: The task cannot be answered on these data; see `upweight.task.check`.
 
-    Cost: some forward and backward passes over up to 32 examples, eight steps of a recipe, and a
-    small matrix product. Of a function, where the budget allows to train anew, two trainings on
-    half of the data; one that takes more than ten seconds, or three of less than one together.
+    Cost: some forward and backward passes over 32 examples, or over up to 2 048 until a pass takes
+    2 ms; eight steps of a recipe, and a small matrix product. Of a function, where the budget
+    allows to train anew, two trainings on half of the data; one that takes more than ten seconds,
+    or three of less than one together.
     """
     require_answerable(task, train, "training data")
     theta = task.theta()
@@ -156,17 +162,28 @@ def resolved(training: Any, task: Task, n: int) -> float | None:
 
 
 def epoch_seconds(task: Task, theta: Tensor, train: Data) -> float:
-    """A plain forward and backward pass over the training data, from a few of them."""
+    """A plain forward and backward pass over the training data, from a few of them.
+
+    From more of them where these take next to nothing: passes over the data take many at once, and
+    of a few most of the time is what a call costs.
+    """
     m = min(TIMED, len(train))
-    batch = task.to_device(train.batch(0, m))
+    most = min(len(train), batch_size(task.layout.size, theta.element_size()))
+    while True:
+        started = time.perf_counter()
+        batch = task.to_device(train.batch(0, m))
+        read = time.perf_counter() - started
+        seconds = least_seconds(partial(_passed, task, theta, batch))
+        if max(read, seconds) > SHORT or m >= most:
+            return seconds * len(train) / m
+        m = min(GROWTH * m, most)
 
-    def passed() -> None:
-        point = theta.detach().requires_grad_()
-        with torch.enable_grad():
-            losses = task.losses_of(*task.call(point, batch))
-            float(torch.autograd.grad(losses.sum(), point)[0].norm())
 
-    return least_seconds(passed) * len(train) / m
+def _passed(task: Task, theta: Tensor, batch: Batch) -> None:
+    point = theta.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = task.losses_of(*task.call(point, batch))
+        float(torch.autograd.grad(losses.sum(), point)[0].norm())
 
 
 def least_seconds(call: Callable[[], Any], alone: float = 1.0) -> float:

@@ -8,6 +8,7 @@ textbook: the residual is computed from x every `refresh` steps and before a rig
 as solved; a direction of negative curvature is an error and not a step.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,6 +26,19 @@ from upweight.runtime.progress import Lines
 # Looks at the true residual in a row, none with progress, after which a right-hand side has
 # stagnated.
 STALLS = 10
+
+
+def most_steps(condition: float, rtol: float) -> int:
+    """Steps within which ‖Ax − b‖ ≤ rtol ‖b‖ in exact arithmetic, from A's condition number κ.
+
+        2√κ ((√κ − 1)/(√κ + 1))^steps ≤ rtol
+
+    From the bound on the error in the A-norm; MINRES needs no more.
+    """
+    root = math.sqrt(condition)
+    if root <= 1:
+        return 1
+    return max(1, math.ceil(math.log(2 * root / rtol) / math.log((root + 1) / (root - 1))))
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,12 @@ class _Run:
         x, rz = torch.zeros_like(r), (r * z).sum(1)
         rows = _Rows(index, x, r, z, rz, zero + torch.inf, zero, zero.long())
         rows = self.check_preconditioner(rows)
-        steps, most, lines = 0, self.solver.max_steps, Lines("CG", "products at most")
+        steps, most, lines = 0, self.solver.max_steps, Lines("CG", "products or so")
         while len(rows.index) and steps < most:
             rows, steps = self.step(rows), steps + 1
-            lines.tell(steps, most, self.columns.left(rows.index))
             norms = torch.linalg.vector_norm(rows.residual, dim=1)
+            total = self.columns.expected(steps, most, norms)
+            lines.tell(steps, total, self.columns.left(rows.index))
             due = norms <= self.columns.rtol  # ‖b‖ = 1
             if steps % self.solver.refresh == 0:
                 due = torch.ones_like(due)

@@ -8,6 +8,8 @@ too large. What ends here: rows of zeros (x = 0), rows with a NaN, and all other
 closes them.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -47,6 +49,20 @@ class Columns:
     def left(self, rows: Int[Tensor, " r"]) -> str:
         """How many right-hand sides are not solved yet, in words."""
         return f"{len(rows)} of {len(self.units)} right-hand sides are not solved yet"
+
+    def expected(self, steps: int, max_steps: int, residuals: Float[Tensor, " r"]) -> int:
+        """How many products there will be, about, after so many that left these residuals.
+
+        As many more as they take if their logarithm goes on to fall evenly; no more than p, but for
+        rounding.
+        """
+        p, worst = self.shape[-1], float(residuals.max()) if len(residuals) else 0.0
+        most = min(max_steps, p) if steps < p else max_steps
+        if worst <= self.rtol:
+            return steps
+        if not worst < 1:
+            return most
+        return min(most, math.ceil(steps * math.log(self.rtol) / math.log(worst)))
 
     def close(self, rows: Int[Tensor, " r"], x: Float[Tensor, "r p"], result: Result) -> None:
         """End these rows at x, a solution for `units`; converged only if its residual says so."""

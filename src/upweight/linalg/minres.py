@@ -126,11 +126,12 @@ class _Run:
         index = self.columns.rows
         r = self.columns.units[index]
         rows = _Rows.start(index, torch.zeros_like(r), r, torch.zeros_like(index))
-        steps, most, lines = 0, self.solver.max_steps, Lines("MINRES", "products at most")
+        steps, most, lines = 0, self.solver.max_steps, Lines("MINRES", "products or so")
         while len(rows.index) and steps < most:
             rows, exhausted, hopeless, broken = self.step(rows)
             steps += 1
-            lines.tell(steps, most, self.columns.left(rows.index))
+            total = self.columns.expected(steps, most, rows.phi)
+            lines.tell(steps, total, self.columns.left(rows.index))
             self.columns.close_without_answer(rows.index[broken], Result.NON_FINITE)
             due = ((rows.phi <= self.columns.rtol) | exhausted) & ~broken
             again = self.verify(rows.keep(due), hopeless[due]) if bool(due.any()) else None

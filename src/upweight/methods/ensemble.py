@@ -120,7 +120,7 @@ class Ensemble(Method):
             ends = [(task.moved_to(run.state(len(run)).theta), run) for run in _runs(history)]
             return self.at_members([moved(fitting, end, run) for end, run in ends])
         members = members_given(task, history)
-        return self.at_members([moved(fitting, task.moved_to(theta)) for theta in members])
+        return self.at_members([moved(fitting, task.moved_to(*member)) for member in members])
 
     def fitting_of(
         self, fitting: Fitting, models: SubsetModels, k: int, *, shares: bool = False

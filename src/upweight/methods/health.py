@@ -18,7 +18,10 @@ from upweight.gradients.linear import linear_form
 from upweight.gradients.passes import GradientPass
 from upweight.gradients.source import FactoredLinear, GradientSource
 from upweight.gradients.underflow import underflowing
-from upweight.linalg.damping import Damping, Relative
+from upweight.linalg.cg import most_steps
+from upweight.linalg.columns import WITHIN_REACH
+from upweight.linalg.damping import Damping, Relative, undamped
+from upweight.linalg.lanczos import extreme_eigenvalues
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solver import Solver
@@ -36,6 +39,9 @@ UNDERFLOW_EXAMPLES = 64
 
 SLOW_S = 60.0
 """Seconds that one query may take before it is said."""
+
+LOOKS = 8
+"""Products that find the largest eigenvalue of a curvature, near enough for its square root."""
 
 NETWORK_ROW_SUM = 1 / 3
 """Overall row-sum excess from which it is noted of a network. It does not tell the untrained: they
@@ -508,7 +514,8 @@ def duration_notes(
 ) -> tuple[str, ...]:
     """A warning, kept as a note, where one query may take minutes of products with the data.
 
-    Cost: one product, where the solver takes many.
+    Cost: one product, where the solver takes many; a few more where these would take minutes and
+    damping or a penalty bounds how many are needed.
     """
     steps = getattr(solver, "max_steps", None)
     if steps is None:
@@ -516,6 +523,12 @@ def duration_notes(
     started = time.perf_counter()
     operator.mv(theta)
     seconds, steps = time.perf_counter() - started, min(steps, len(theta))
+    smallest = undamped(operator)[1] if operator.is_psd else 0.0
+    if smallest > 0 and seconds * steps >= SLOW_S:
+        ends = extreme_eigenvalues(operator, LOOKS)
+        rtol = solver.rtol or WITHIN_REACH.get(operator.dtype, 1e-2)  # type: ignore[attr-defined]
+        needed = most_steps((ends.largest + ends.largest_error) / smallest, rtol)
+        steps = min(steps, needed)
     if seconds * steps < SLOW_S:
         return ()
     note = (

@@ -37,7 +37,6 @@ from upweight.notation import percent
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.memory import working_bytes
 from upweight.runtime.progress import progress
-from upweight.runtime.selection import spaced
 from upweight.scoring.choose import Choice
 from upweight.scoring.queries import FactoredQueries, in_basis, inner, self_products
 from upweight.scoring.stream import (
@@ -476,7 +475,8 @@ def inverse(
         # Times a gradient of zero, any λ > 0 gives zero.
         some = max(b.damping for b in blocks if b.name not in silent)
         blocks = tuple(replace(b, damping=some) if b.name in silent else b for b in blocks)
-    learned = _examples_of(curvature, data)
+    at = curvature.places(len(data))
+    learned = len(data) if at is None else len(at)
     later = learned < len(data) and fitting.resources.ranks.size == 1 and _is_own(fitting, point)
     fitting.looks_later |= later
     return LayeredScorer(
@@ -546,19 +546,14 @@ def _learned(
     # The first pass has seen them all, unless it had only some of the data or resumed. Batches of
     # other sizes may round otherwise, and an interrupted fit must come to the same numbers.
     if is_own and resources.folder is None:
-        count = _examples_of(curvature, data)
-        if count == len(data):
+        at = curvature.places(len(data))
+        if at is None:
             fitting.losses.set(resources.ranks.joined(seen, len(data), task.layout.device))
         elif resources.ranks.size == 1:
-            fitting.losses.set_some(spaced(len(data), count), torch.cat([*seen.values()]))
+            fitting.losses.set_some(at, torch.cat([*seen.values()]))
     if shared is not None:
         shared.append((curvature, point.theta, fitted))
     return fitted
-
-
-def _examples_of(curvature: LayerwiseCurvature, data: Data) -> int:
-    """How many it learns from."""
-    return len(data) if curvature.examples is None else min(curvature.examples, len(data))
 
 
 def _is_own(fitting: Fitting, point: Point) -> bool:

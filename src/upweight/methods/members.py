@@ -3,29 +3,34 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight.errors import SpecError
 from upweight.task.task import Task
+from upweight.training.function import others_of, state_of
 from upweight.training.subset_models import SubsetModels
 from upweight.training.trajectory import Trajectory
 
+Member = tuple[Float[Tensor, " p"], Mapping[str, Tensor]]
+"""θ, and what else of a model is another than the task's, by name: running statistics."""
 
-def members_given(task: Task, history: Any) -> list[Float[Tensor, " p"]]:
-    """θ of every member: of models, state dicts or vectors θ, or of the kept states of a run.
+
+def members_given(task: Task, history: Any) -> list[Member]:
+    """Every member: of models, state dicts or vectors θ, or of the kept states of a run.
+
+    A vector θ and a state of a run are read with what else the task's model has.
 
     Raises:
-        SpecError: There are none, or one differs from the task's model in more than θ.
+        SpecError: There are none, or one is no model of the task's kind.
     """
     given: Any = history
     if isinstance(history, Trajectory):
         given = [history.state(t).theta for t in history.kept[1:]]
     elif isinstance(history, SubsetModels):
-        if names := sorted({name for some in history.others for name in some}):
-            raise _another_model(task, f"members with another {names[0]!r}, which is no part of θ")
-        given = list(history.theta[1.0])
+        ends = history.theta[1.0]
+        others: Sequence[Mapping[str, Tensor]] = history.others or [{}] * len(ends)
+        return [(_theta(task, theta), each) for theta, each in zip(ends, others, strict=True)]
     elif isinstance(history, Tensor) and history.ndim == 2:
         given = list(history)
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
@@ -36,43 +41,52 @@ def members_given(task: Task, history: Any) -> list[Float[Tensor, " p"]]:
             "pass a list of models, of state dicts or of vectors θ, or a Trajectory; models that a "
             "recipe trains are uw.training.subset_models(recipe, task, train, 5, 1.0).",
         )
-    return [_theta(task, each) for each in given]
+    return [_member(task, each) for each in given]
 
 
-def _theta(task: Task, given: Any) -> Float[Tensor, " p"]:
-    layout = task.layout
-    if isinstance(given, Tensor) and given.shape == (layout.size,):
-        return given.detach().to(layout.device, layout.dtype)
-    state = given.state_dict() if isinstance(given, nn.Module) else given
+def thetas_given(task: Task, history: Any) -> list[Float[Tensor, " p"]]:
+    """θ of every member, for a method that takes the rest of each model to be the task's.
+
+    Raises:
+        SpecError: As for `members_given`, or a member differs in more than θ.
+    """
+    members = members_given(task, history)
+    for _, others in members:
+        if others:
+            raise SpecError(
+                "Here a member is the task's model with another θ, and nothing else of it differs.",
+                f"a member with another {min(others)!r}, which is no part of θ.",
+                "running statistics of its own, or other frozen layers.",
+                f"pass flat θ of {task.layout.size} numbers, to be read with what else the task's "
+                "model has; or average the scores of these models.",
+            )
+    return [theta for theta, _ in members]
+
+
+def _member(task: Task, given: Any) -> Member:
+    if isinstance(given, Tensor) and given.shape == (task.layout.size,):
+        return _theta(task, given), {}
+    state = state_of(given) if isinstance(given, nn.Module) else given
     if not isinstance(state, Mapping):
         shown = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         raise _another_model(task, f"a member of {shown}")
-    learned = {id(p) for name, p in task.model.named_parameters() if name in layout.names}
-    every = task.model.named_parameters(remove_duplicate=False)
-    tied = {name for name, p in every if id(p) in learned} - set(layout.names)
-    for name, mine in task.model.state_dict().items():
-        if name in tied:  # a second name of what is in θ
-            continue
-        other = state.get(name)
-        if name in layout.names and (other is None or other.shape != mine.shape):
+    for name, mine in state_of(task.model).items():
+        other, is_learned = state.get(name), name in task.layout.names
+        if (other is None and is_learned) or (other is not None and other.shape != mine.shape):
             raise _another_model(task, f"a member without {name!r} of shape {tuple(mine.shape)}")
-        # What is no part of θ stays as the task's model has it.
-        if name not in layout.names and other is not None and not _same(other, mine):
-            raise _another_model(task, f"a member with another {name!r}, which is no part of θ")
-    params = {name: state[name].detach() for name in layout.names}
-    return layout.flatten(params).to(layout.device, layout.dtype).clone()
+    theta = task.layout.flatten({name: state[name] for name in task.layout.names})
+    return _theta(task, theta).clone(), others_of(task, state)
 
 
-def _same(other: Tensor, mine: Tensor) -> bool:
-    return other.shape == mine.shape and torch.equal(other.to(mine), mine)
+def _theta(task: Task, given: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+    return given.detach().to(task.layout.device, task.layout.dtype)
 
 
 def _another_model(task: Task, given: str) -> SpecError:
     return SpecError(
         "A member is the task's model with another θ: a module, a state dict, or θ [p].",
         f"{given}.",
-        "models of another architecture, with running statistics of their own, or with other "
-        "frozen layers.",
+        "models of another architecture.",
         f"make it as the task's model was made, or pass flat θ of {task.layout.size} numbers; "
         "average the scores of models that differ in more.",
     )

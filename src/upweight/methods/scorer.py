@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import NotDifferentiable, NotOffered
+from upweight.errors import NonFinite, NotDifferentiable, NotOffered
 from upweight.gradients.blocks import Plan
 from upweight.gradients.passes import Function
 from upweight.methods.fitting import CheckedLosses
@@ -26,6 +26,7 @@ from upweight.runtime.memory import working_bytes
 from upweight.scoring.stream import no_gradient
 from upweight.task.data import Data
 from upweight.task.measures import Functional
+from upweight.task.rows import row_name
 
 AT_ONCE = 512
 """Training examples in a block of scores of a method that does not say."""
@@ -324,14 +325,32 @@ def gradients_in_groups(
 
     Raises:
         NotDifferentiable: No query's measurement depends on θ.
+        NonFinite: A gradient is NaN or infinite.
     """
     depends = False
     for first, queries in asked.groups(together):
         rows = gradients(queries)
+        for part in rows:
+            _require_finite(part, asked, first)
         depends = depends or any(bool(part.any()) for part in rows)
         if first + len(queries) == len(asked) and not depends:
             raise NotDifferentiable(no_gradient(asked.measure, len(asked)))
         yield first, rows
+
+
+def _require_finite(rows: Float[Tensor, "q d"], asked: Asked, first: int) -> None:
+    """Name the query: a solver knows that one of its right-hand sides is not finite, not whose."""
+    bad = ~rows.isfinite().all(dim=1)
+    if not bool(bad.any()):
+        return
+    assert asked.queries is not None
+    query = row_name(asked.queries.given, first + int(bad.nonzero()[0]), "query")
+    raise NonFinite(
+        "The gradient of every measurement must be finite.",
+        f"{int(bad.sum())} of {len(rows)} are not, first that of {query} under {asked.measure!r}.",
+        "a square root or norm of 0, or a gradient that overflows in this dtype.",
+        "leave this query out, measure something else of it, or use a float64 model.",
+    )
 
 
 def not_offered(what: str, needs: str, here: str = "attribute(queries, measure)") -> NotOffered:

@@ -16,7 +16,7 @@ from upweight.errors import SpecError, UnsupportedModel
 from upweight.gradients.projections import sketch
 from upweight.linalg.damping import Damping, Relative, as_damping
 from upweight.methods.fitting import Fitting
-from upweight.methods.members import members_given
+from upweight.methods.members import thetas_given
 from upweight.methods.method import Method
 from upweight.methods.projected import ProjectedScorer, member, require_count
 from upweight.runtime.progress import progress
@@ -183,8 +183,8 @@ def members(fitting: Fitting) -> list[Float[Tensor, " p"]]:
     """θ of every member: those of the history, or θ̂ alone.
 
     Raises:
-        SpecError: The history is none of several models of the task's kind.
+        SpecError: The history is none of several models that differ in θ alone.
     """
     if fitting.history is None:
         return [fitting.theta]
-    return members_given(fitting.task, fitting.history)
+    return thetas_given(fitting.task, fitting.history)

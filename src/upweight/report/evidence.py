@@ -14,7 +14,7 @@ from torch import Tensor
 
 from upweight.errors import NonFinite, ShapeError, SpecError, message
 from upweight.notation import count, interval, short
-from upweight.verdict import FEWEST, Judgement, Verdict, judged
+from upweight.verdict import FEWEST, Judgement, Verdict, judged, worst
 
 MOST_DOTS = 2000
 """Dots of the figure of a comparison on subsets."""
@@ -88,6 +88,20 @@ class Evidence:
         """Every example that some removal took out."""
         found = (i for each in self.series for removal in each.removed for i in removal)
         return tuple(dict.fromkeys(found))
+
+    @property
+    def judgement(self) -> Judgement | None:
+        """The worst verdict on the removals of a query; None where all are too few for one."""
+        told = [found for each in self.series if (found := each.judgement) is not None]
+        if not told:
+            return None
+        found = worst(told)
+        return Judgement(found.verdict, f"{found.reason}, on the removals that were retrained")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know before the numbers of the removals."""
+        return tuple(dict.fromkeys(note for each in self.series for note in each.of.notes))
 
     @property
     def subsets(self) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from upweight.effects import FIRST_ORDER, Effects
 from upweight.methods.removal import MEASURED, SUMMED
 from upweight.report.evidence import Evidence
 from upweight.scores import Scores, Unit
-from upweight.verdict import Verdict, worst
+from upweight.verdict import Verdict
 
 MISSED = "removal: "
 """How a removal's notes on itself start. They say that its predicted changes may be off, apart from
@@ -59,9 +59,8 @@ class Trust:
 def trust(scores: Scores, evidence: Evidence, removal: Effects | None = None) -> Trust:
     """What is known of these scores, and of the better predictions that are shown beside them."""
     shown: list[Scores | Effects] = [scores] if removal is None else [scores, removal]
-    notes = dict.fromkeys(note for each in evidence.series for note in each.of.notes)
     found = _trust(scores, shown, evidence)
-    found = replace(found, notes=(*found.notes, *(n for n in notes if n not in found.notes)))
+    found = replace(found, notes=tuple(dict.fromkeys((*found.notes, *evidence.notes))))
     missed = _missed(shown)
     if missed is None or not found.has_sizes:
         return found
@@ -74,10 +73,9 @@ def _trust(scores: Scores, shown: Sequence[Scores | Effects], evidence: Evidence
     if comparison is not None:
         notes = tuple(note for note in comparison.notes if note not in comparison.reason)
         return _found(comparison.verdict, comparison.reason, notes)
-    told = [found for each in evidence.series if (found := each.judgement) is not None]
-    if told:
-        found = worst(told)
-        return _found(found.verdict, f"{found.reason}, on the removals that were retrained")
+    found = evidence.judgement
+    if found is not None:
+        return _found(found.verdict, found.reason)
     title = "Not checked against retraining"
     if scores.unit is Unit.RANK:
         reason = "these scores have an order within each query and no size"

@@ -52,7 +52,7 @@ class Lines:
     def tell(self, done: int, total: int, more: str = "") -> None:
         """A line, if it is time for one, with `more` to say, such as how near a solver is.
 
-        `total` is the most there may be, where it may end before.
+        `total` is about how many there will be, where that is not known.
         """
         took = time.monotonic() - self.began
         if took < (self.said + EVERY if self.said else FIRST) or done >= total:

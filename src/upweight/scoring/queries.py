@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.curvature.layerwise import FittedBlock
-from upweight.gradients.factored import Extended, Factors, Lookups, Rows, Tokens, stacked
+from upweight.gradients.factored import Factors, Lookups, Rows, Tokens, stacked
 from upweight.linalg.eigen import Eigen
 
 PAIR_OVERHEAD = 256
@@ -52,13 +52,13 @@ class FactoredQueries:
 
 def rotated(tokens: Tokens, eigen: Eigen) -> Tokens:
     """The factors in the block's eigenbases."""
-    if isinstance(tokens, Extended) and all(q is not None for q in eigen.bases):
-        return tokens.projected(*(q.to(tokens.dtype) for q in eigen.bases if q is not None))
-    left, right = (
-        x if q is None else x @ q.to(x.dtype)
-        for x, q in zip((tokens.left, tokens.right), eigen.bases, strict=True)
+    left, right = (None if q is None else q.to(tokens.dtype) for q in eigen.bases)
+    if left is not None and right is not None:
+        return tokens.projected(left, right)
+    return Tokens(
+        tokens.left if left is None else tokens.left @ left,
+        tokens.right if right is None else tokens.right @ right,
     )
-    return Tokens(left, right)
 
 
 def in_basis(eigen: Eigen, factors: Factors) -> Float[Tensor, "b ..."]:

@@ -179,11 +179,10 @@ def require_targets(task: Task, data: Data, role: str) -> None:
     count, their shape does.
 
     Raises:
-        DataError: Targets are out of range.
+        DataError: There are no examples, or targets are out of range.
         ShapeError: They do not fit the outputs, or the model does not accept the examples.
     """
-    if len(data) == 0:
-        return  # said by who needs one
+    _require_examples(data, role)
     batch = task.to_device(data.batch(0, min(len(data), PROBE_EXAMPLES)))
     devices = range(torch.cuda.device_count())
     with torch.no_grad(), torch.random.fork_rng(devices=devices):  # dropout draws

@@ -6,8 +6,8 @@
 Both take arrays that are in memory and return copies. Nothing here tries to stay hidden.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -109,6 +109,8 @@ class Perturbed:
         rows: Which were changed.
         before, after: m of the query, at θ̂ and retrained on `X`.
         theta: Parameters retrained on `X`.
+        others: What else of that model is its own, by name: running statistics and frozen layers.
+            The model is `task.moved_to(found.theta, found.others).model`.
         largest: Largest change of a pixel, after rounding.
     """
 
@@ -118,6 +120,7 @@ class Perturbed:
     after: float
     theta: Float[Tensor, " p"]
     largest: float
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def perturb_training(
@@ -170,6 +173,7 @@ def perturb_training(
     rows = sorted(pulls, key=lambda i: -pulls[i])[:budget]
     allowed = int(epsilon * SHADES + 1e-9) / SHADES
     X, now, theta = X0.clone(), fitted, fitted.theta
+    others: Mapping[str, Tensor] = {}
     for step in range(steps):
         for i in rows:
             slope = now.input_influence(i, wanted, measure)[0].sign().to(X)
@@ -183,15 +187,16 @@ def perturb_training(
                 "a recipe that diverges.",
                 "use the recipe that the model was trained by.",
             )
-        theta = made.alone().to(theta)
+        theta, others = made.theta[0].to(theta), made.others[0] if made.others else {}
         if step + 1 < steps:
-            now = spec.fit(task.moved_to(theta), train)  # type: ignore[attr-defined]
+            now = spec.fit(task.moved_to(theta, others), train)  # type: ignore[attr-defined]
     return Perturbed(
         X=X,
         rows=tuple(rows),
         before=float(measured(task, fitted.theta, wanted, asked)[0]),
-        after=float(measured(task, theta, wanted, asked)[0]),
+        after=float(measured(task.with_others(others), theta, wanted, asked)[0]),
         theta=theta,
+        others=others,
         largest=float((X - X0).abs().max()),
     )
 

@@ -99,7 +99,7 @@ class FunctionTrainer:
         made = spec.train(weights) if spec.seed is None else spec.train(weights, seed=spec.seed)
         layout = self.task.layout
         if isinstance(made, nn.Module):
-            made = _state(made)
+            made = state_of(made)
         if isinstance(made, Mapping):
             wrong = [
                 name
@@ -108,7 +108,7 @@ class FunctionTrainer:
             ]
             if wrong:
                 raise SpecError(_not_the_model(layout, f"no or another {', '.join(wrong[:4])}"))
-            others = _others(self.task, made)
+            others = others_of(self.task, made)
             made = layout.flatten({name: made[name] for name in layout.names})
         if not isinstance(made, Tensor) or tuple(made.shape) != (layout.size,):
             is_tensor = isinstance(made, Tensor)
@@ -117,13 +117,14 @@ class FunctionTrainer:
         return made.detach().to(layout.device, layout.dtype).clone(), others
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each under its first name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _others(task: Task, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def others_of(task: Task, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a model is no part of θ, and another than the task's."""
-    mine = {k: x for k, x in _state(task.model).items() if k not in task.layout.names}
+    mine = {k: x for k, x in state_of(task.model).items() if k not in task.layout.names}
     return {
         name: made[name].detach().clone()
         for name, x in mine.items()

@@ -72,7 +72,8 @@ class Newton:
             NotPositiveDefinite: J is not strictly convex where it was looked at.
             NotConverged: θ(1) was not reached.
             ShapeError: The targets do not fit the outputs.
-            DataError: Targets are out of range, as far as a few examples say.
+            DataError: There are no examples, or targets are out of range, as far as a few examples
+                say.
         """
         _require_precision(self.tol, task)
         require_targets(task, train, "training data")

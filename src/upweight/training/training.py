@@ -82,7 +82,8 @@ class Training:
             UnsupportedModel: A layer keeps statistics of its batches while training.
             SpecError: `init` makes another model than the task's.
             ShapeError: The targets do not fit the outputs.
-            DataError: Targets are out of range, as far as a few examples say.
+            DataError: There are no examples, or targets are out of range, as far as a few examples
+                say.
         """
         start = self.untrained(task)
         trainer = trainer_for(self, start, train, task.theta(), WeightedLosses())
