@@ -124,7 +124,8 @@ class AveragedScorer(Scorer):
             return
         together = asked.together or self.settings(asked)["queries_together"]
         for first, queries in asked.groups(together):
-            yield self._mean(replace(asked, queries=queries, together=len(queries)), first)
+            some = replace(asked, queries=queries, together=len(queries), looked_at=None)
+            yield self._mean(some, first)
 
     def _mean(self, asked: Asked, first: int) -> "AveragedJob":
         """Of some queries, `first` on."""
