@@ -125,6 +125,13 @@ def test_a_size_that_one_model_decides_is_not_supported():
     assert "from 0 to inf is the factor" in _against_sizes(found, apart=0.0)
 
 
+def test_sizes_say_which_drops_they_were_fitted_to():
+    stacked = uw.Stacked((Stub(1 / 7),), subsets=10, fraction=0.6, seeds=1, by_layer=False)
+    scores = stacked.fit(TASK, TRAIN, history=LINEAR).attribute(QUERIES, output)
+    assert not scores.against_sizes
+    assert scores.provenance.health["share_dropped"] == pytest.approx(0.4)
+
+
 def test_of_several_methods_the_right_one_counts():
     methods = (Stub(0.0, 1.0), Stub(1 / 7))
     stacked = uw.Stacked(methods, subsets=40, seeds=1)

@@ -257,6 +257,7 @@ class StackedScorer(Scorer):
         return {
             "subsets": len(self.models),
             "fraction": self.models.fraction,
+            "share_dropped": 1 - self.models.fraction,
             "seeds": self.models.seeds,
             "trainings": self.trainings,
         }
@@ -358,8 +359,9 @@ class StackedScorer(Scorer):
             f"{len(names)} predictors combined as {len(self.models)} models of "
             f"{percent(self.models.fraction)} of the data from {seeds} seeds say "
             f"({self.trainings:g} trainings): they explain {percent(max(0.0, found.explained))} of "
-            "how left-out models differ; sizes were fitted to drops of that share of the data, and "
-            "for other ones are an extrapolation"
+            "how left-out models differ; sizes were fitted to random drops of "
+            f"{percent(1 - self.models.fraction)}, trained on the rest alone, and for rows that "
+            "are fewer or chosen they are an extrapolation"
         )
         unlike = (
             f"the model's measurements are {apart:.0f} standard deviations of the subset models' "
