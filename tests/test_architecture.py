@@ -78,6 +78,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 SHORT_FORMS = {
     "methods/fitted.py": {"evaluation"},  # `fitted.check` calls `upweight.check`
+    "methods/combination.py": {"evaluation"},  # for Student's t
     "front/answer.py": {"applications", "report"},  # verbs of scores that need them
     "front/opened.py": {"adapters"},  # loaded for a model of the library that they translate
     "cli/opened_index.py": {"adapters"},  # the same, for the folder of a model of transformers

@@ -158,6 +158,10 @@ def test_sizes_that_were_measured_by_training_again_are_predicted_without_a_warn
         found = method.fit(task, train, history=newton).attribute(queries)
         found.predict(drop=[0])
         assert "trained again" in summary(found)
+    found.predict(drop=range(12))
+    for drop in (range(4), range(20)):
+        with pytest.warns(AssumptionWarning, match="random drops of 50 % of the data"):
+            found.predict(drop=drop)
     halves = uw.SubsampledInfluence(subsets=40).fit(task, train, history=newton)
     with pytest.warns(AssumptionWarning, match="removals from 50"):
         halves.attribute(queries).predict(drop=[0])

@@ -7,8 +7,20 @@ makes a combination better than its parts.
 Each query counts by a scale of its own, the geometric mean of the spread of its outcomes and of its
 predictions. The outcomes' alone is far too small in a query that a rare subset moves, if that
 subset is not among these; the predictions' alone believes sizes that the scores made up.
+
+Intervals are over K clusters whose errors belong together: the models of a seed, or each model
+where there is one seed or each has its own. Delete-one jackknife (Efron & Tibshirani 1993, ch. 11)
+and Student's t, with u_k what is predicted of a cluster, Σ ŷ² over its models and queries:
+
+    b exp(±t_ν √v)        v = (1 − 1/K) Σ_k (log b₍ₖ₎ − log b)²        ν = (Σ u)² / Σ u² − 1
+
+b = Σ y ŷ / Σ ŷ² is the size and b₍ₖ₎ that without cluster k. A few clusters often have most of what
+is predicted, and then K − 1 is too many for ν (Carter, Schnepel & Steigerwald 2017, "Asymptotic
+behavior of a t-test robust to cluster heterogeneity"). Where the mean of all s models is taken out,
+(1 − 1/s) (Σ u)² / Σ u² − 1, in whole numbers. The logarithm because b is a factor.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,9 +37,6 @@ FOLDS = 10
 STRENGTHS = tuple(10.0**k for k in range(-5, 2))
 """Ridge penalties that are tried, in units of the mean square of a prediction."""
 
-RESAMPLES = 200
-"""Of the subsets, for the intervals."""
-
 LEVEL = 0.95
 
 
@@ -37,11 +46,11 @@ class Combination:
 
     Args:
         coefficients: c, of each prediction.
-        intervals: Bounds of each from resampled subsets.
+        intervals: Bounds of each, c ± t_ν √v and 0 or more.
         strength: The ridge penalty.
         explained: 1 − Σ (y − ŷ)² / Σ y² of scaled outcomes, each subset predicted from others.
         size: By how much the coefficients were multiplied so that left-out changes have slope 1.
-        size_interval: Its bounds.
+        size_interval: Its bounds; 0 and infinity where one cluster of models decides the sign.
     """
 
     coefficients: Float[Tensor, " k"]
@@ -98,21 +107,60 @@ def combine(
         )
     size = products.sum() / squares.sum()
     whole = _coefficients(grams.mean(dim=0), rhs.mean(dim=0), STRENGTHS[best])
-    drawn = [
-        (_coefficients(_mean(grams, counts), _mean(rhs, counts), STRENGTHS[best]),
-         (counts @ products) / (counts @ squares))
-        for counts in _resamples(len(y))
-    ]  # fmt: skip
-    found = torch.stack([c * factor for c, factor in drawn])
-    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    factor, refitted = _margins(products, squares, grams, rhs, group, whole, STRENGTHS[best])
     coefficients = whole.new_zeros(len(predicted))
     coefficients[used] = whole * size / scale_of_x[used]
-    intervals = whole.new_zeros(2, len(predicted))
-    intervals[:, used] = found.quantile(ends, dim=0) / scale_of_x[used]
-    low, high = torch.stack([factor for _, factor in drawn]).quantile(ends).tolist()
+    half = torch.zeros_like(coefficients)
+    half[used] = refitted / scale_of_x[used]
     return Combination(
-        coefficients, intervals, STRENGTHS[best], 1 - losses[best], float(size), (low, high)
+        coefficients,
+        torch.stack([(coefficients - half).clamp_min(0.0), coefficients + half]),
+        STRENGTHS[best],
+        1 - losses[best],
+        float(size),
+        (float(size) / factor, float(size) * factor),
     )
+
+
+def _margins(
+    products: Float[Tensor, " s"],
+    squares: Float[Tensor, " s"],
+    grams: Float[Tensor, "s k k"],
+    rhs: Float[Tensor, "s k"],
+    group: Int[Tensor, " s"],
+    whole: Float[Tensor, " k"],
+    strength: float,
+) -> tuple[float, Float[Tensor, " k"]]:
+    """exp(t_ν √v) of the size, and t_ν √v of each coefficient times the size.
+
+    Both are infinite where one cluster has all of what is predicted, or decides the sign.
+    """
+    from upweight.evaluation.bootstrap import student
+
+    several = bool((group > 0).any())
+    cluster = group if several else torch.arange(len(group))
+    # About a mean of all, a model moves the mean too: s/(s − 1) of its centered products go.
+    share = 1.0 if several else len(group) / (len(group) - 1)
+    parts = [
+        each.new_zeros(int(cluster.max()) + 1, *each.shape[1:]).index_add_(0, cluster, each)
+        for each in (products, squares, grams, rhs)
+    ]
+    effective = float(parts[1].sum().square() / parts[1].square().sum())
+    t = student(max(1, int(effective / share - 1)))
+    rest = [each.sum(dim=0) - share * each for each in parts]
+    sizes = rest[0] / rest[1].clamp_min(0.0)
+    if not bool((sizes.isfinite() & (sizes > 0)).all()):
+        return math.inf, torch.full_like(whole, math.inf)
+    kept = len(group) - share * torch.bincount(cluster)
+    refits = torch.stack([
+        _coefficients(gram / count, b / count, strength) * factor
+        for gram, b, count, factor in zip(*rest[2:], kept, sizes, strict=True)
+    ])  # fmt: skip
+    size = products.sum() / squares.sum()
+    moved = (sizes / size).log(), refits - whole * size
+    slack = 1 - 1 / len(sizes)
+    of_size, of_each = (t * (slack * change.square().sum(dim=0)).sqrt() for change in moved)
+    return float(of_size.exp()), of_each
 
 
 def within(values: Float[Tensor, "*k s q"], group: Int[Tensor, " s"]) -> Float[Tensor, "*k s q"]:
@@ -160,17 +208,6 @@ def _folds(s: int) -> Iterator[Bool[Tensor, " s"]]:
         fold = torch.zeros(s, dtype=torch.bool)
         fold[part] = True
         yield fold
-
-
-def _resamples(s: int) -> Iterator[Float[Tensor, " s"]]:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(RESAMPLES):
-        drawn = torch.randint(s, (s,), generator=generator)
-        yield torch.bincount(drawn, minlength=s).double()
-
-
-def _mean(values: Float[Tensor, "s *k"], counts: Float[Tensor, " s"]) -> Float[Tensor, "*k"]:
-    return torch.tensordot(counts, values, dims=1) / counts.sum()
 
 
 def _nothing(given: str) -> tuple[str, str, str, str]:
