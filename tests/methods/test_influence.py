@@ -231,7 +231,7 @@ def test_scores_that_do_not_fit_are_refused_before_anything_is_computed(monkeypa
     whole = fitted.attribute(p.queries).values
     q, n = whole.shape
     free(monkeypatch, q * n * 8 - 1)
-    monkeypatch.setattr("upweight.methods.fitted.require_answerable", None)  # not called
+    monkeypatch.setattr("upweight.methods.fitted.checked_losses", None)  # not called
     for ask in (fitted.attribute, fitted.removal):
         with pytest.raises(SpecError, match=rf"{q} × {n} scores(.|\n)*some queries at a time"):
             ask(p.queries)

@@ -6,8 +6,7 @@ provenance, and the questions that follow from scores are here.
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, final, overload
@@ -24,12 +23,12 @@ from upweight.linalg.cholesky import Cholesky
 from upweight.methods import health, removal
 from upweight.methods.dense import DenseScorer
 from upweight.methods.facts import stated
-from upweight.methods.fitting import CheckedLosses
+from upweight.methods.fitting import TrainingLosses
 from upweight.methods.functionals import derivatives
 from upweight.methods.perturbation import every_label, gradient_products_by_input, relabeled
 from upweight.methods.reduce import Answer, Matrix, Reducer, Sweep
 from upweight.methods.removal import Place, Without
-from upweight.methods.scorer import DIRECT, Asked, Job, Scorer, TokenScores, jobs_of, not_offered
+from upweight.methods.scorer import DIRECT, Asked, Scorer, TokenScores, jobs_of, not_offered
 from upweight.notation import count, in_short
 from upweight.provenance import Context, Provenance
 from upweight.runtime.memory import require_room
@@ -38,7 +37,7 @@ from upweight.runtime.resources import Resources
 from upweight.runtime.selection import groups_by_place, places, spaced
 from upweight.runtime.versions import library_versions
 from upweight.scores import Unit
-from upweight.task.check import checked_measurements, require_answerable
+from upweight.task.check import checked_losses, checked_measurements, require_answerable
 from upweight.task.data import Data
 from upweight.task.identity import contents, described, subject
 from upweight.task.measures import Functional, Loss, as_measure
@@ -92,7 +91,7 @@ class Fitted:
     train: Data
     theta: Float[Tensor, " p"]
     snapshot: Snapshot
-    looked_at: CheckedLosses
+    looked_at: TrainingLosses
     scorer: Scorer
     resources: Resources
     history: Any
@@ -171,11 +170,11 @@ class Fitted:
                 "PerToken(examples).",
             )
         self._require_same_model()
-        n = len(self.train)
+        n, scorer = len(self.train), self.scorer
         if not isinstance(measure, Functional):
             queries = self.task.queries(queries)
             into.require_room(self._sweep(Asked(queries, measure, self.resources.memory_bytes)))
-        asked = replace(self._asked(queries, measure, looks_later=True), exact=into.is_exact)
+        asked = replace(self._asked(queries, measure), exact=into.is_exact)
         sink = into.begin(self._sweep(asked))
         records: list[Any] = []
         sums = health.RowSums()
@@ -187,7 +186,7 @@ class Fitted:
                     memory_bytes=sink.settings["memory_bytes"],
                     together=sink.settings["queries_together"],
                 )
-            for job in self._jobs(asked):
+            for job in jobs_of(scorer, asked):
                 size = max(1, job.at_once)
                 with job:
                     blocks = (
@@ -610,11 +609,8 @@ class Fitted:
 
     # -- shared steps -----------------------------------------------------------------------------
 
-    def _asked(self, queries: Any, measure: Any, looks_later: bool = False) -> Asked:
-        """Checked queries and measure, with what memory allows.
-
-        With `looks_later` losses that the scorer comes to first are left to `_jobs`.
-        """
+    def _asked(self, queries: Any, measure: Any) -> Asked:
+        """Checked queries and measure, with what memory allows."""
         self._require_same_model()
         memory = self.resources.memory_bytes
         if isinstance(measure, Functional):
@@ -631,25 +627,11 @@ class Fitted:
             return asked
         data, measure = self.task.queries(queries), as_measure(measure)
         probe = require_answerable(self.task, data, "queries")
-        losses = CheckedLosses(self.task, data, probe, "queries")
-        asked = Asked(data.noted(probe.notes), measure, memory, looked_at=losses)
-        if not (looks_later and self.scorer.looks_at_queries(asked)):
-            losses.all()
-        if type(measure) is not Loss:
+        checked_losses(self.task, data, "queries", probe)
+        data = data.noted(probe.notes)
+        if type(measure) is not Loss:  # losses have just been checked
             checked_measurements(self.task, measure, data)
-        return asked
-
-    def _jobs(self, asked: Asked) -> Iterator[Job]:
-        """The scorer's jobs, once the loss of every query has been looked at."""
-        jobs, losses = jobs_of(self.scorer, asked), asked.looked_at
-        while True:
-            with nullcontext() if losses is None else losses.explaining():
-                job = next(jobs, None)
-            if losses is not None:
-                losses.all()
-            if job is None:
-                return
-            yield job
+        return Asked(data, measure, memory)
 
     def _through_theta(self, queries: Any, measure: Any, what: str) -> Asked:
         """A question of which all goes through θ̂.

@@ -16,7 +16,6 @@ from upweight.gradients.blocks import Plan
 from upweight.gradients.cost import Cost, cost
 from upweight.gradients.planning import plan
 from upweight.notation import readable
-from upweight.runtime.ranks import ALONE, Ranks
 from upweight.runtime.resources import Resources
 from upweight.task.check import (
     checked_at_once,
@@ -32,27 +31,21 @@ from upweight.task.task import Task
 ROLE = "training data"
 
 APIECE = 32
-"""Neighbours that `CheckedLosses.of_some` looks at together."""
+"""Neighbours that `TrainingLosses.of_some` looks at together."""
 
 
-class CheckedLosses:
-    """ℓᵢ(θ̂) of training examples or queries, each checked by the first pass that looks at it.
+class TrainingLosses:
+    """ℓᵢ(θ̂) of the training examples, each checked by the first pass that looks at it.
 
-    Most methods look at all training examples when they are fitted. One that learns from some of
-    them leaves the others to the pass over all of them that makes its scores. Queries are looked at
-    by the pass that takes their gradients, where one does before anything else.
+    Most methods look at all of them when they are fitted. One that learns from some of them leaves
+    the others to the pass over all of them that makes its scores.
 
     Args:
-        task, data, probe: What `require_answerable` was asked, and found.
-        role: What the data are called in messages.
-        ranks: The processes that share a pass over them.
+        task, data, probe, resources: Of the fit.
     """
 
-    def __init__(
-        self, task: Task, data: Data, probe: Probe, role: str = ROLE, ranks: Ranks = ALONE
-    ) -> None:
-        self._task, self._data, self._probe, self._ranks = task, data, probe, ranks
-        self._role = role
+    def __init__(self, task: Task, data: Data, probe: Probe, resources: Resources) -> None:
+        self._task, self._data, self._probe, self._ranks = task, data, probe, resources.ranks
         self._values: Tensor | None = None
         self._is_whole = False
 
@@ -67,7 +60,7 @@ class CheckedLosses:
         Raises:
             NonDeterministic: An example has another loss alone than beside its neighbours.
         """
-        require_own_losses(self._task, self._data, self._probe, losses, self._role)
+        require_own_losses(self._task, self._data, self._probe, losses, ROLE)
         self._values, self._is_whole = losses, True
 
     def set_some(self, places: list[int], losses: Float[Tensor, " k"]) -> None:
@@ -84,7 +77,7 @@ class CheckedLosses:
             places = (start, stop)
             self._put(
                 slice(start, stop),
-                checked_batch(self._task, self._data, places, batch, outputs, targets, self._role),
+                checked_batch(self._task, self._data, places, batch, outputs, targets, ROLE),
             )
 
     def of_some(self, count: int) -> Float[Tensor, " n"]:
@@ -98,7 +91,7 @@ class CheckedLosses:
         starts = [n * k // groups // size * size for k in range(groups)]
         if self._values is not None:  # a pass has seen some
             starts = []
-        for start, part in checked_parts(self._task, self._data, starts, size, self._role).items():
+        for start, part in checked_parts(self._task, self._data, starts, size, ROLE).items():
             self._put(slice(start, start + len(part)), part)
         assert self._values is not None
         return self._values.nan_to_num(nan=float(self._values.nanmean()))
@@ -112,15 +105,13 @@ class CheckedLosses:
         Cost: a forward pass over those that no pass has looked at.
         """
         if self._values is None:
-            found = checked_losses(self._task, self._data, self._role, self._probe, self._ranks)
+            found = checked_losses(self._task, self._data, ROLE, self._probe, self._ranks)
             self._values, self._is_whole = found, True
         if not self._is_whole:
             size = checked_at_once(self._data)
             unknown = self._values.isnan()
             starts = [k for k in range(0, len(unknown), size) if bool(unknown[k : k + size].any())]
-            for start, part in checked_parts(
-                self._task, self._data, starts, size, self._role
-            ).items():
+            for start, part in checked_parts(self._task, self._data, starts, size, ROLE).items():
                 self._put(slice(start, start + len(part)), part)
             self.set(self._values)
         return self._values
@@ -173,12 +164,11 @@ class Fitting:
     history: Any = None
     looks_later: bool = False
     learned: list[Any] | None = None
-    losses: CheckedLosses = field(default=None)  # type: ignore[assignment]
+    losses: TrainingLosses = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.losses is None:
-            ranks = self.resources.ranks
-            self.losses = CheckedLosses(self.task, self.data, self.probe, ranks=ranks)
+            self.losses = TrainingLosses(self.task, self.data, self.probe, self.resources)
 
     @cached_property
     def plan(self) -> Plan:

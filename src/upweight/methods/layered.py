@@ -43,9 +43,9 @@ from upweight.scoring.stream import (
     Contraction,
     Gradients,
     contractions,
-    loss_gradients,
     of_vectors,
     queries_at_once,
+    training_gradients,
     training_loss,
     unchanged,
 )
@@ -53,7 +53,6 @@ from upweight.task.check import checked_batch, checked_losses
 from upweight.task.data import Data
 from upweight.task.gradients import require_finite_gradients
 from upweight.task.identity import described, subject
-from upweight.task.measures import Loss
 from upweight.task.point import Point
 from upweight.task.task import Task
 
@@ -187,12 +186,6 @@ class LayeredScorer(Scorer):
     def dtype(self) -> torch.dtype:
         return self.curvature.plan.dtype
 
-    def looks_at_queries(self, asked: Asked) -> bool:
-        together = asked.together or self.settings(asked)["queries_together"]
-        theta = self.point.theta
-        is_own = self.task.stands_in(theta) or torch.equal(theta, self.task.held_theta())
-        return type(asked.measure) is Loss and len(asked) <= together and is_own
-
     def settings(self, asked: Asked) -> dict[str, int]:
         return {
             "memory_bytes": working_bytes(self.task.layout.device, asked.memory_bytes),
@@ -207,7 +200,6 @@ class LayeredScorer(Scorer):
             yield LayeredJob(self, found)
             return
         assert asked.queries is not None
-        looked_at = asked.looked_at if self.looks_at_queries(asked) else None
         for found in contractions(
             self.curvature,
             self.train,
@@ -219,7 +211,6 @@ class LayeredScorer(Scorer):
             asked.together,
             self.gradients,
             self.look,
-            None if looked_at is None else looked_at.look,
         ):
             yield LayeredJob(self, found)
 
@@ -345,7 +336,7 @@ class LayeredScorer(Scorer):
             batches = self.train.batches(self._at_once)
             for start, stop, batch in progress(batches, len(self.train), what):
                 batch = self.task.to_device(batch)
-                factors = loss_gradients(passes, self.task, batch, start, stop, self.look)
+                factors = training_gradients(passes, self.task, batch, start, stop, self.look)
                 yield start, self.gradients(factors)
 
 

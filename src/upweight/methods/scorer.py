@@ -20,7 +20,6 @@ from upweight._typing import Batch
 from upweight.errors import NonFinite, NotDifferentiable, NotOffered
 from upweight.gradients.blocks import Plan
 from upweight.gradients.passes import Function
-from upweight.methods.fitting import CheckedLosses
 from upweight.methods.functionals import Derivatives
 from upweight.runtime.memory import working_bytes
 from upweight.scoring.stream import no_gradient
@@ -44,7 +43,6 @@ class Asked:
         together: Queries that share a pass over the training data; None: as many as fit.
         functional: The derivatives of a `Functional`.
         exact: Whether no tolerance is allowed, whatever the method's.
-        looked_at: ℓ_q(θ̂) of the queries, as far as they are known; None: of a `Functional`.
     """
 
     queries: Data | None
@@ -53,7 +51,6 @@ class Asked:
     together: int | None = None
     functional: Derivatives | None = None
     exact: bool = False
-    looked_at: CheckedLosses | None = None
 
     def __len__(self) -> int:
         if self.functional is not None:
@@ -187,10 +184,6 @@ class Scorer(abc.ABC):
     @abc.abstractmethod
     def jobs(self, asked: Asked) -> Iterator[Job]:
         """The queries, in as few jobs as memory allows."""
-
-    def looks_at_queries(self, asked: Asked) -> bool:
-        """Whether `jobs` shows `asked.looked_at` all queries before it turns to training data."""
-        return False
 
     def settings(self, asked: Asked) -> dict[str, int]:
         """What free memory decides, and a resumed pass must decide as the first did."""

@@ -140,7 +140,7 @@ class Contraction:
         for first in range(start, stop, self.batch_size):
             last = min(first + self.batch_size, stop)
             batch = task.to_device(self.train.batch(first, last))
-            yield self.gradients(loss_gradients(passes, task, batch, first, last, self.look))
+            yield self.gradients(training_gradients(passes, task, batch, first, last, self.look))
 
     def scores(
         self, batches: Sequence[Sequence[Factors]], kernels: Sequence[Kernel] | None = None
@@ -185,10 +185,10 @@ def training_loss(task: Task) -> Callable[[Params, Batch], Tensor]:
     return lambda params, batch: task.loss(*task.call(params, batch))
 
 
-def loss_gradients(
+def training_gradients(
     passes: GradientPass, task: Task, batch: Batch, start: int, stop: int, look: Look | None
 ) -> list[Factors]:
-    """∇ℓᵢ of the examples from start to stop − 1, whose outputs `look` is shown first."""
+    """∇ℓᵢ of the training examples from start to stop − 1, whose outputs `look` is shown first."""
     if look is None:
         return passes.of(training_loss(task), batch, stop - start)
 
@@ -211,7 +211,6 @@ def contractions(
     together: int | None = None,
     gradients: Gradients = unchanged,
     look: Look | None = None,
-    look_at_queries: Look | None = None,
 ) -> Iterator[Contraction]:
     """All queries in as few groups as memory allows, each solved and given its kernels.
 
@@ -226,8 +225,6 @@ def contractions(
         together: Queries that share a pass; None: as many as fit.
         gradients: What is done to gradients, of queries and training examples, first.
         look: What is shown the model's outputs for training examples.
-        look_at_queries: What is shown those for the queries, before anything of the training data
-            is computed; of `Loss()` and where all of them share a pass.
 
     Raises:
         NotDifferentiable: No query's measurement depends on θ.
@@ -246,7 +243,6 @@ def contractions(
             memory_bytes,
             gradients,
             look,
-            look_at_queries,
         )
         depends = depends or any(depends_on_parameters(block) for block in job.queries)
         if start + len(group) == len(queries) and not depends:
@@ -289,14 +285,11 @@ def _contraction(
     memory_bytes: int | None,
     gradients: Gradients,
     look: Look | None,
-    look_at_queries: Look | None,
 ) -> Contraction:
     plan, positions = curvature.plan, curvature.cost.positions
 
     def solved(dtypes: Sequence[torch.dtype], rows: Tensor) -> list[BlockQueries]:
-        batches = _measured_gradients(
-            curvature, queries, measure, memory_bytes, gradients, look_at_queries
-        )
+        batches = _measured_gradients(curvature, queries, measure, memory_bytes, gradients)
         return block_queries(curvature.blocks, batches, len(queries), positions, rows, dtypes)
 
     factored = any(
@@ -310,17 +303,13 @@ def _contraction(
     else:
         # No more than a small share of what the pass itself takes.
         most = min(SAMPLE if factored else FEW, max(32, len(train) // 20))
-        sizes = (most if factored else 2, most)
-
-        def sampled() -> list[Sample]:
-            return [
-                _sample(curvature, train, losses, size, seed, memory_bytes, gradients)
-                for seed, size in enumerate(sizes)
-            ]
-
+        sample, check = (
+            _sample(curvature, train, losses, size, seed, memory_bytes, gradients)
+            for seed, size in enumerate((most if factored else 2, most))
+        )
         rows = _references(curvature, len(queries), factored).to(plan.task.layout.device)
         made, choice = _chosen(
-            curvature, partial(solved, rows=rows), len(queries), rows, sampled, tolerance
+            curvature, partial(solved, rows=rows), len(queries), rows, sample, check, tolerance
         )
     return Contraction(curvature, train, first, tuple(made), choice, memory_bytes, gradients, look)
 
@@ -330,7 +319,8 @@ def _chosen(
     solved: Callable[[Sequence[torch.dtype]], list[BlockQueries]],
     q: int,
     rows: Tensor,
-    sampled: Callable[[], Sequence[Sample]],
+    sample: Sample,
+    check: Sample,
     tolerance: float,
 ) -> tuple[list[BlockQueries], Choice]:
     """Kernels chosen on one sample that keep the tolerance on another, and their queries."""
@@ -338,8 +328,7 @@ def _chosen(
     moments = [block.eigen.values for block in curvature.blocks]
     short = has_fast_bfloat16(plan.task.layout.device)
     dtypes = [torch.bfloat16 if short else plan.dtype for _ in curvature.blocks]
-    made, aim = solved(dtypes), tolerance  # first, for the queries are looked at on the way
-    sample, check = sampled()
+    made, aim = solved(dtypes), tolerance
     # Untruncated scores do not depend on the precision of the solved queries.
     of_sample, of_check = (reference_scores(made, rows, some) for some in (sample, check))
     curves: dict[int, Any] = {}
@@ -438,7 +427,6 @@ def _measured_gradients(
     measure: Callable[..., Tensor],
     memory_bytes: int | None,
     gradients: Gradients,
-    look: Look | None,
 ) -> Iterator[tuple[int, int, list[Factors]]]:
     """∇m_q, a batch of queries at a time."""
     task = curvature.plan.task
@@ -454,12 +442,8 @@ def _measured_gradients(
     with GradientPass(curvature.plan, curvature.theta) as passes:
         batches = queries.batches(size)
         for start, stop, batch in progress(batches, len(queries), "queries"):
-            batch = task.to_device(batch)
             with kernels_for(measure):
-                if look is not None:
-                    factors = loss_gradients(passes, task, batch, start, stop, look)
-                else:
-                    factors = passes.of(measured_by(task, measure), batch, stop - start)
+                factors = passes.of(measured_by(task, measure), task.to_device(batch), stop - start)
             yield start, stop, gradients(factors)
 
 
