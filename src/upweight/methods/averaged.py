@@ -124,7 +124,7 @@ class AveragedScorer(Scorer):
             return
         together = asked.together or self.settings(asked)["queries_together"]
         for first, queries in asked.groups(together):
-            some = replace(asked, queries=queries, together=len(queries), looked_at=None)
+            some = replace(asked, queries=queries, together=len(queries))
             yield self._mean(some, first)
 
     def _mean(self, asked: Asked, first: int) -> "AveragedJob":

@@ -244,7 +244,7 @@ class MeanScorer(SeveralScorers):
             raise not_offered("A Functional", "one θ̂, of which it is a function")
         together = asked.together or self.settings(asked)["queries_together"]
         for first, queries in asked.groups(together):
-            some = replace(asked, queries=queries, together=len(queries), looked_at=None)
+            some = replace(asked, queries=queries, together=len(queries))
             yield _Mean(tuple(tuple(m.jobs(some)) for m in self.scorers), first, len(queries))
 
     def health(self) -> dict[str, Any]:
