@@ -392,3 +392,18 @@ def test_a_tokenizer_says_texts_and_both_sides_of_a_score_are_shared_out(run):
     np.testing.assert_allclose(found.shares[:, :, token], alone, rtol=1e-8, atol=1e-12)
     with pytest.raises(SpecError, match="takes a tokenizer of transformers"):
         html(run.scores, run.path, Display(tokenizer=str.split))
+
+
+def test_of_how_many_together_the_size_is_supported(run):
+    def found(columns=None, **health):
+        kept = {k: v for k, v in run.scores.provenance.health.items() if k != "beyond_first_order"}
+        made = replace(run.scores.provenance, n=1000, health=kept | health)
+        return whatif.together(replace(run.scores, provenance=made, columns=columns))
+
+    levels = [[1, 0.05], [10, 0.1], [100, 0.3]]
+    assert found(beyond_first_order=levels) == 10
+    assert found(beyond_first_order=[[1, 0.5]]) == 0
+    assert found(tuple("ab" * 5), beyond_first_order=levels) == 0  # a hundred in each
+    assert found(against_sizes="", share_dropped=0.5) == 10
+    assert found(against_sizes="no", share_dropped=0.5) == 0
+    assert found() is None

@@ -3,8 +3,8 @@
     Δm_q = Σᵢ change[i, q],    change[i] = scores.predict(drop=[i])
 
 They are first-order predictions, the only ones that add up; of how many together the size is
-supported, `together` says. A file cannot hold all q·n of them: it
-holds whole columns of the examples that matter most, and of all examples where they are few.
+supported, `together` says. A file cannot hold all q·n of them: it holds whole columns of the
+examples that matter most, and of all examples where they are few.
 """
 
 import base64
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.effects import without
+from upweight.provenance import FEW
 from upweight.report.strongest import numbers
 from upweight.scores import Scores, Unit
 
@@ -51,12 +52,15 @@ def columns(
 def together(scores: Scores) -> int | None:
     """Of how many columns dropped together the size is supported; None: no limit is known.
 
-    Of exact methods, from the removals that first order was held against. Where retraining was, its
-    verdict decides.
+    Of exact methods, from the removals that first order was held against; of sizes that were fitted
+    to random drops, so few that they hold for chosen ones. Where retraining was, its verdict
+    decides.
     """
     made = scores.provenance
-    known = made.health.get("beyond_first_order")
+    known = [k for k, _ in made.health.get("beyond_first_order", ())]
+    if "share_dropped" in made.health:
+        known = [max(1, int(FEW * made.n))]
     if scores.checks or not known:
         return None
     each = 1.0 if scores.columns is None else made.n / max(1, len(scores.columns))
-    return max((int(k / each) for k, _ in known if not made.against_removal(k)), default=0)
+    return max((int(k / each) for k in known if not made.against_removal(k)), default=0)
