@@ -1506,12 +1506,12 @@ def a_history_of_other_data() -> Any:
 
 
 @case
-def members_with_running_statistics_of_their_own() -> Any:
+def projected_members_with_running_statistics_of_their_own() -> Any:
     task = uw.Task(deep(nn.BatchNorm1d(4)), uw.CrossEntropy())
     other = deep(nn.BatchNorm1d(4))
     with torch.no_grad():
         other[2].running_mean += 1.0
-    return uw.Ensemble(uw.GradientDot()).fit(task, rows(), history=[other])
+    return uw.TRAK(dim=8, damping=0.1).fit(task, rows(), history=[other])
 
 
 @case

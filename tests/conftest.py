@@ -30,7 +30,10 @@ install_import_hook([f"upweight.{folder}" for folder in CHECKED], "beartype.bear
 # .ci/run both.
 BREADTH = {
     "adapters/test_lightning.py",
+    "adapters/test_transformers.py",
     "adapters/test_transformers_trainer.py",
+    "applications/test_running_statistics.py",
+    "applications/test_saliency.py",
     "applications/test_selection.py",
     "cli/test_chosen.py",
     "cli/test_damaged_runs.py",
@@ -63,6 +66,9 @@ BREADTH = {
     "scoring/test_tolerance.py",
     "task/test_target_dtypes.py",
     "test_docs.py",
+    "test_missing_packages.py",
+    "training/test_dask.py",
+    "training/test_kept.py",
     "training/test_pbrf.py",
 }
 assert all((Path(__file__).parent / name).is_file() for name in BREADTH), "one was renamed"
