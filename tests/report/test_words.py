@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from upweight.facts import FIRST_ORDER
 from upweight.methods.facts import COMPRESSION, SUM
 from upweight.report import Display, summary
 from upweight.report.evidence import evidence_of
@@ -43,6 +44,8 @@ def test_a_sound_run_that_was_checked_has_no_concern(run, make_check):
         ("At a minimum", {"decrement": 1e-3}),
         ("At a minimum", {"decrement": math.nan}),
         (SUM, {"row_sum_excess_relative": 0.05}),
+        (FIRST_ORDER, {"beyond_first_order": [[1, 0.3], [10, 0.4]]}),
+        (FIRST_ORDER, {"beyond_first_order": [[1, None]]}),
         ("Solver", {"largest_residual": 0.01}),
         ("Solver", {"largest_residual": math.nan}),
     ],
@@ -51,6 +54,23 @@ def test_what_is_past_its_limit_is_marked(run, make_provenance, make_check, name
     made = make_provenance(health={**run.scores.provenance.health, **changes})
     facts = by_name(replace(run.scores, provenance=made), [make_check()])
     assert [fact.name for fact in facts.values() if fact.concern] == [name]
+
+
+def test_removals_are_told_in_a_sentence(run, make_provenance):
+    def told(known):
+        health = {**run.scores.provenance.health, "beyond_first_order": known}
+        scores = replace(run.scores, provenance=make_provenance(health=health))
+        return next(each for each in plainly(scores, said(scores)) if "strongest" in each.said)
+
+    found = told([[1, 0.095], [5, 0.1], [500, 0.66]])
+    assert not found.concern and "500 strongest together does to a query is 66 %" in found.said
+    assert found.said.startswith(
+        "What removing the strongest example does to a query is 9.5 % away"
+    )
+    assert told([[1, 0.3]]).concern and "fitted.removal(queries)" in told([[1, 0.3]]).todo
+    assert (
+        told([[1, None]]).said == "Without the strongest example the others determine no minimum."
+    )
 
 
 def test_damping_is_told_in_eigenvalue_units(run, make_provenance):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from upweight.facts import Fact
+from upweight.facts import FIRST_ORDER, Fact
 from upweight.methods.facts import COMPRESSION, SUM
 from upweight.notation import count, percent
 from upweight.report.evidence import Evidence
@@ -123,6 +123,21 @@ def _seen(fact: Fact, _: Mapping[str, Any]) -> Sentence:
     return Sentence(f"The curvature was measured on a part of the data: {fact.value}.")
 
 
+def _removal(fact: Fact, health: Mapping[str, Any]) -> Sentence:
+    known = health["beyond_first_order"]
+    told = [_away(*each) for each in (known[:1] if len(known) == 1 else (known[0], known[-1]))]
+    todo = "show fitted.removal(queries), which allows for leverage, or retrain without them."
+    return Sentence(" ".join(told), todo if fact.concern else "")
+
+
+def _away(number: int, off: float | None) -> str:
+    removed = "the strongest example" if number == 1 else f"the {number:,} strongest together"
+    if off is None:
+        return f"Without {removed} the others determine no minimum."
+    score = "its score says" if number == 1 else "their scores add up to"
+    return f"What removing {removed} does to a query is {100 * off:.2g} % away from what {score}."
+
+
 def _own_words(fact: Fact) -> Sentence:
     said = f"{fact.name}: {fact.value}."
     return Sentence(said, f"{fact.told}." if fact.concern else "")
@@ -135,5 +150,6 @@ SENTENCES: dict[str, Callable[[Fact, Mapping[str, Any]], Sentence]] = {
     COMPRESSION: _contraction,
     "Damping": _damping,
     "Curvature": _seen,
+    FIRST_ORDER: _removal,
 }
 """By the names of `upweight.methods.facts`."""
