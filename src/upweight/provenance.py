@@ -119,6 +119,16 @@ class Provenance:
             "(leverage), and Fitted.removal is more than first order"
         )
 
+    @property
+    def supported_removal(self) -> int | None:
+        """Of how many removed examples at most the size is supported; None: no limit is known."""
+        asked = [number for number, _ in self.health.get("beyond_first_order", ())]
+        if "share_dropped" in self.health:
+            asked = [max(1, int(FEW * self.n))]
+        if not asked:
+            return None
+        return max((number for number in asked if not self.against_removal(number)), default=0)
+
     def _against_share(self, share: float) -> str:
         """The same of sizes that were fitted to random drops of a share of the data, if they were.
 

@@ -461,7 +461,7 @@ class Scores(Answered):
         if self.unit is Unit.RANK:
             return "these scores have an order within each query and no size"
         if not self.checks:
-            return self.provenance.against_removal(columns * self._examples_a_column)
+            return self.provenance.against_removal(columns * self.examples_a_column)
         found = self.checks[-1]
         if found.verdict is Verdict.SIZE:
             return ""
@@ -520,7 +520,7 @@ class Scores(Answered):
         return found
 
     @property
-    def _examples_a_column(self) -> float:
+    def examples_a_column(self) -> float:
         """One, or of groups how many on average."""
         return 1.0 if self.columns is None else self.provenance.n / max(1, len(self.columns))
 

@@ -165,7 +165,7 @@ def test_a_recipe_chooses_source_and_the_ggn(capsys):
     model, task = of_recipe()
     assert resolved(RECIPE, task, N) == pytest.approx(LAM, rel=1e-12)
     history = RECIPE.trajectory(task, TRAIN)
-    method = uw.Averaged((uw.SOURCE(), choice.roughly(uw.Absolute(0.02))))
+    method = uw.Averaged((uw.SOURCE(), choice.ggn_by_cg(uw.Absolute(0.02), choice.ROUGH)))
     expected = method.fit(uw.Task(model, uw.CrossEntropy()), TRAIN, history=history)
     expected = expected.attribute(QUERIES).values
     for known in ({"recipe": RECIPE}, {"trajectory": history}):

@@ -1,7 +1,6 @@
 """How far sums of exact scores are from removals: `health["beyond_first_order"]`."""
 
 import dataclasses
-import itertools
 import warnings
 
 import pytest
@@ -10,7 +9,6 @@ from torch import nn
 
 import upweight as uw
 from tests.market import train_in_place
-from upweight import provenance
 from upweight.errors import AssumptionWarning
 from upweight.methods import removal
 from upweight.scores import Scores
@@ -124,19 +122,15 @@ def test_an_example_that_alone_holds_a_parameter_leaves_no_minimum():
     x[:, 2] = 0.0
     x[7, 2] = 1.0
     y = torch.randn(30, 1, generator=made, dtype=F64)
-    task = uw.Task(nn.Linear(3, 1).double(), uw.SquaredError())
+    task = uw.Task(nn.Linear(3, 1).double(), uw.SquaredError(), uw.L2(1e-12))
     train_in_place(task, (x, y))
     fitted = uw.Influence(uw.Hessian()).fit(task, (x, y))
-    # Its own residual is 0, so asked with a score that rounding made.
-    scores = fitted.attribute((x[:4], y[:4])).values
-    scores = torch.zeros_like(scores)
-    scores[:, 7] = 1.0
+    assert float(fitted.leverage()[7]) > 1 - 1e-9
+    scores = torch.zeros(4, 30, dtype=F64)
+    scores[:, 7] = 1.0  # its own are next to nothing, since its residual is
     asked = fitted._asked((x[:4], y[:4]), uw.Loss())
-    at = dataclasses.replace(fitted._place)
-    pull = fitted.scorer.total([7])
-    assert float(pull.norm()) < 1e-9
-    found = dict(removal.beyond_first_order(at, asked, range(4), scores))
-    assert found[1] in (None, 0.0) or found[1] > 0.2
+    found = dict(removal.beyond_first_order(fitted._place, asked, range(4), scores))
+    assert found[1] is None
 
 
 # -- what is said ----------------------------------------------------------------------------------
@@ -257,7 +251,7 @@ def test_by_products_one_query_is_looked_at():
     ours = known(iterative.attribute(queries))
     one = known(fitted.attribute(tuple(t[:1] for t in queries)))
     assert ours == pytest.approx(one, rel=1e-6)
-    assert len(list(itertools.islice(ours, 3))) == 2
+    assert list(ours) == [1, 4]
 
 
 def test_a_page_of_removals_asks_what_is_shown(tmp_path):
@@ -268,4 +262,3 @@ def test_a_page_of_removals_asks_what_is_shown(tmp_path):
     assert not trust.trust(scores, none).has_sizes
     assert trust.trust(scores, none, fitted.removal(queries, evaluate="plugin")).has_sizes
     assert not trust.trust(scores, none, scores.removal()).has_sizes
-    assert isinstance(scores.provenance, provenance.Provenance)

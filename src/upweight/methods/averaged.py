@@ -6,18 +6,17 @@ counts alike, which takes none.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from upweight.errors import SpecError
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
-from upweight.methods.scorer import Asked, Known, Scorer
-from upweight.notation import alike
+from upweight.methods.points import SeveralScorers
+from upweight.methods.scorer import Asked, Known
+from upweight.methods.stacked import blocks
 from upweight.runtime.memory import require_bytes, solved_bytes
 from upweight.scores import Unit
 
@@ -79,20 +78,14 @@ class Averaged(Method):
             resources = fitting.resources.within(f"method-{k}")
             history = fitting.history if method.takes_history else None
             made.append(method.prepare(replace(fitting, resources=resources, history=history)))
-        return AveragedScorer(fitting, tuple(made))
+        return AveragedScorer(tuple(made), fitting)
 
 
 @dataclass(frozen=True, eq=False)
-class AveragedScorer(Scorer):
-    """Scorers of several methods at one θ̂."""
+class AveragedScorer(SeveralScorers):
+    """Scorers of several methods at one θ̂, asked one after the other."""
 
     fitting: Fitting
-    scorers: tuple[Scorer, ...]
-    notes: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        every = [note for scorer in self.scorers for note in scorer.notes]
-        object.__setattr__(self, "notes", alike(every))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,11 +105,7 @@ class AveragedScorer(Scorer):
         return {**found[0], "queries_together": max(1, together)}
 
     def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        every: list[str] = []
-        for k, scorer in enumerate(self.scorers):
-            _, notes = scorer.summary([each for record in records for each in record[k]])
-            every += notes
-        return {}, alike(every)
+        return {}, super().summary(records)[1]  # numbers of one method are not those of the mean
 
     def jobs(self, asked: Asked) -> Iterator["AveragedJob"]:
         if asked.functional is not None:
@@ -138,10 +127,12 @@ class AveragedScorer(Scorer):
         )
         total = torch.zeros(q, n, dtype=self.dtype, device=device)
         logs = torch.zeros(q, dtype=torch.float64, device=device)
-        heard, records = torch.zeros_like(logs), []
+        heard, records = torch.zeros_like(logs), list[list[Any]]()
         for scorer in self.scorers:
-            found, record = _all_of(scorer, asked, torch.empty_like(total))
-            records.append(record)
+            found = torch.empty_like(total)
+            records.append([])
+            for row, column, (part,) in blocks(scorer, asked, n, records=records[-1]):
+                found[row : row + part.shape[0], column : column + part.shape[1]] = part
             length = torch.linalg.vector_norm(found, dim=1, dtype=torch.float64)
             is_heard = length > 0
             total += found / torch.where(is_heard, length, 1.0).to(total)[:, None]
@@ -157,18 +148,3 @@ class AveragedJob(Known):
     """Scores that are there already, and of each method the records of its jobs."""
 
     record: tuple[list[Any], ...] = ()  # type: ignore[assignment]
-
-
-def _all_of(
-    scorer: Scorer, asked: Asked, into: Float[Tensor, "q n"]
-) -> tuple[Float[Tensor, "q n"], list[Any]]:
-    """A method's scores of some queries with all training examples, and its jobs' records."""
-    n, records = into.shape[1], []
-    for job in scorer.jobs(asked):
-        rows = slice(job.first, job.first + len(job))
-        with job:
-            for start in range(0, n, max(1, job.at_once)):
-                stop = min(n, start + max(1, job.at_once))
-                into[rows, start:stop] = job.block(start, stop)
-        records.append(job.record)
-    return into, records

@@ -156,7 +156,7 @@ class DatamodelScorer(Scorer):
                 "a measure of something that training does not touch.",
                 "ask another measure.",
             )
-        for first, start, (part,) in blocks(self.prior, asked, n, splits=False):
+        for first, start, (part,) in blocks(self.prior, asked, n):
             rows, columns = slice(first, first + len(part)), slice(start, start + part.shape[1])
             rest[:, rows] -= change[:, columns] @ part.cpu().double().mT
         dual, told = _ridge(change @ change.mT, rest, size, models.group)

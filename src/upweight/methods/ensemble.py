@@ -19,7 +19,7 @@ from upweight.errors import SpecError
 from upweight.methods.fitting import Fitting
 from upweight.methods.members import members_given
 from upweight.methods.method import Method
-from upweight.methods.points import SeveralScorers
+from upweight.methods.points import AddedScorers
 from upweight.methods.scorer import Asked, Job, TokenScores, not_offered
 from upweight.scores import Unit
 from upweight.task.check import require_answerable
@@ -226,7 +226,7 @@ class _Mean(Job):
 
 
 @dataclass(frozen=True, eq=False)
-class MeanScorer(SeveralScorers):
+class MeanScorer(AddedScorers):
     """(1/K) Σ_k of scorers that each hold a model of their own.
 
     Args:

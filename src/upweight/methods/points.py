@@ -167,19 +167,6 @@ class SeveralScorers(Scorer):
         every = [note for scorer in self.scorers for note in scorer.notes]
         object.__setattr__(self, "notes", alike(every))
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return self.scorers[0].layers
-
-    def settings(self, asked: Asked) -> dict[str, int]:
-        found = [scorer.settings(asked) for scorer in self.scorers]
-        together = min(s["queries_together"] for s in found) // len(self.scorers)
-        return {**found[0], "queries_together": max(1, together)}
-
-    @property
-    def is_quick_of_itself(self) -> bool:
-        return all(scorer.is_quick_of_itself for scorer in self.scorers)
-
     def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Of records that hold those of each scorer's jobs; the numbers are of the last one."""
         told: dict[str, Any] = {}
@@ -190,8 +177,26 @@ class SeveralScorers(Scorer):
         return told, alike(notes)
 
 
+class AddedScorers(SeveralScorers):
+    """Those whose scores are added, and so are shares of layers and self-influence."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self.scorers[0].layers
+
+    def settings(self, asked: Asked) -> dict[str, int]:
+        found = [scorer.settings(asked) for scorer in self.scorers]
+        # Queries are held with every scorer at once.
+        together = min(s["queries_together"] for s in found) // len(self.scorers)
+        return {**found[0], "queries_together": max(1, together)}
+
+    @property
+    def is_quick_of_itself(self) -> bool:
+        return all(scorer.is_quick_of_itself for scorer in self.scorers)
+
+
 @dataclass(frozen=True, eq=False)
-class SumOfScorers(SeveralScorers):
+class SumOfScorers(AddedScorers):
     """Σ_k of scorers that each hold their own point and weight."""
 
     def jobs(self, asked: Asked) -> Iterator[SumOfJobs]:

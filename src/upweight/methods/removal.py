@@ -239,11 +239,13 @@ def beyond_first_order(
             reached = linear
         off = float((reached - predicted).norm() / predicted.norm())
         found.append(off if math.isfinite(off) else None)
-    return [
-        (k, None if None in some else max(filter(None, some), default=0.0))
-        for k, start in zip(counts, range(0, len(found), len(scores)), strict=True)
-        for some in [found[start : start + len(scores)]]
-    ]
+    by_count = [found[k : k + len(scores)] for k in range(0, len(found), len(scores))]
+    return [(k, _largest(some)) for k, some in zip(counts, by_count, strict=True)]
+
+
+def _largest(found: Sequence[float | None]) -> float | None:
+    known = [off for off in found if off is not None]
+    return max(known) if len(known) == len(found) else None
 
 
 def _strongest(scores: Float[Tensor, " n"], k: int) -> list[int]:

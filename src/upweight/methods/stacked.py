@@ -385,9 +385,12 @@ def _against_sizes(found: Combination, apart: float) -> str:
 
 
 def blocks(
-    scorer: Scorer, asked: Asked, n: int, splits: bool
+    scorer: Scorer, asked: Asked, n: int, splits: bool = False, records: list[Any] | None = None
 ) -> Iterator[tuple[int, int, list[Float[Tensor, "q b"]]]]:
-    """(first query, first example, scores) of every block, whole or by layer."""
+    """(first query, first example, scores) of every block, whole or by layer.
+
+    `records` gets those of the jobs.
+    """
     for job in scorer.jobs(asked):
         with job:
             for start in range(0, n, max(1, job.at_once)):
@@ -396,6 +399,8 @@ def blocks(
                     yield job.first, start, list(job.by_layer(start, stop).values())
                 else:
                     yield job.first, start, [job.block(start, stop)]
+        if records is not None:
+            records.append(job.record)
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ from upweight.methods import layered
 from upweight.methods.fitting import Fitting
 from upweight.methods.layered import LayeredScorer
 from upweight.methods.method import Method
-from upweight.methods.points import SeveralScorers, SumOfScorers
+from upweight.methods.points import AddedScorers, SumOfScorers
 from upweight.methods.scorer import Asked, JobOf, Scorer, TokenScores, Work
 from upweight.scores import Unit
 from upweight.task.point import Point
@@ -222,7 +222,7 @@ class _OfColumns(JobOf):
 
 
 @dataclass(frozen=True, eq=False)
-class OfColumns(SeveralScorers):
+class OfColumns(AddedScorers):
     """One scorer's scores, each column times a number: how much training used the example."""
 
     columns: Float[Tensor, " n"]

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.effects import without
-from upweight.provenance import FEW
 from upweight.report.strongest import numbers
 from upweight.scores import Scores, Unit
 
@@ -52,15 +51,7 @@ def columns(
 def together(scores: Scores) -> int | None:
     """Of how many columns dropped together the size is supported; None: no limit is known.
 
-    Of exact methods, from the removals that first order was held against; of sizes that were fitted
-    to random drops, so few that they hold for chosen ones. Where retraining was, its verdict
-    decides.
+    Where retraining was, its verdict decides.
     """
-    made = scores.provenance
-    known = [k for k, _ in made.health.get("beyond_first_order", ())]
-    if "share_dropped" in made.health:
-        known = [max(1, int(FEW * made.n))]
-    if scores.checks or not known:
-        return None
-    each = 1.0 if scores.columns is None else made.n / max(1, len(scores.columns))
-    return max((int(k / each) for k in known if not made.against_removal(k)), default=0)
+    most = scores.provenance.supported_removal
+    return None if scores.checks or most is None else int(most / scores.examples_a_column)
