@@ -1,12 +1,14 @@
 """Every solver on one convex task and on networks: the direct solve's scores, to what it states."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import upweight as uw
 from tests.market import problem
-from upweight.errors import NotConverged
+from upweight.errors import AssumptionWarning, NotConverged
 from upweight.linalg.finite_sum import examples_of, minibatch
 from upweight.task.data import as_data
 
@@ -65,6 +67,23 @@ def test_agrees_with_the_direct_solve(digits, solver, error):
     assert said["largest_residual"] <= (1e-6 if error <= 1e-5 else 3 * error)
     is_noted = any("residual" in note for note in scores.provenance.notes)
     assert is_noted == (said["largest_residual"] > 1e-3)
+
+
+def test_a_residual_that_was_asked_for_is_noted_and_no_warning(digits):
+    task, train, queries, _ = digits
+    fitted = uw.Influence(uw.GGN(), S.CG(rtol=0.05)).fit(task, train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = fitted.attribute(queries)
+        removed = fitted.removal(queries, groups=[[0]], evaluate="plugin")
+    assert 1e-3 < scores.provenance.health["largest_residual"] <= 0.05
+    for found in (scores, removed):
+        (note,) = [note for note in found.provenance.notes if "residual" in note]
+        assert "as rtol=0.05 allows" in note
+    # One that was not reached is one.
+    early = uw.Influence(uw.Hessian(), S.Lanczos(20)).fit(task, train)
+    with pytest.warns(AssumptionWarning, match="left with a residual"):
+        assert early.attribute(queries).provenance.health["largest_residual"] > 0.05
 
 
 def test_lissa_is_within_its_errors_of_the_direct_solve(digits):

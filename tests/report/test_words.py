@@ -56,6 +56,14 @@ def test_what_is_past_its_limit_is_marked(run, make_provenance, make_check, name
     assert [fact.name for fact in facts.values() if fact.concern] == [name]
 
 
+def test_a_residual_that_was_asked_for_is_told_and_not_marked(run, make_provenance, make_check):
+    health = {**run.scores.provenance.health, "largest_residual": 0.01, "solver_rtol": 0.02}
+    scores = replace(run.scores, provenance=make_provenance(health=health))
+    assert not any(fact.concern for fact in by_name(scores, [make_check()]).values())
+    told = " ".join(each.said for each in plainly(scores, said(scores)))
+    assert "solved to 1.0 %, as asked" in told and "accurately" not in told
+
+
 def test_removals_are_told_in_a_sentence(run, make_provenance):
     def told(known):
         health = {**run.scores.provenance.health, "beyond_first_order": known}

@@ -88,7 +88,16 @@ def _solver(health: Mapping[str, Any]) -> Fact | None:
         return Fact("Solver", value, meaning="the residual was not recorded")
     meaning = f"largest residual ‖Ax − b‖/‖b‖ = {readable(residual)}"
     past = "the solver stopped early (residual)"
-    return Fact("Solver", value, RESIDUAL_LIMIT, meaning, residual, past)
+    return Fact("Solver", value, residual_allowed(health), meaning, residual, past)
+
+
+def residual_allowed(health: Mapping[str, Any]) -> float:
+    """The relative residual above which a solve is unfinished: what was asked for, if it was more.
+
+    Args:
+        health: As in `Provenance.health`.
+    """
+    return max(RESIDUAL_LIMIT, _number(health, "solver_rtol") or 0.0)
 
 
 def _contraction(health: Mapping[str, Any]) -> Fact | None:

@@ -374,8 +374,9 @@ class Fitted:
         judged, told = self._judged(records, None, None)
         denied, noted = self._minimum_denied(judged)
         zero = health.zero_rows(values.abs().sum(dim=1), self.losses)
-        warned = health.warned([*denied, *health.solved(judged), *zero, *doubts])
-        notes = [*warned, *noted, *told, *said, *health.zero_columns(values)]
+        unsolved, solved = health.solved(judged)
+        warned = health.warned([*denied, *unsolved, *zero, *doubts])
+        notes = [*warned, *noted, *solved, *told, *said, *health.zero_columns(values)]
         provenance = self._provenance(asked, judged, notes, seconds)
         context = self._context(asked)
         beside = None if measured is None else linear
@@ -762,10 +763,9 @@ class Fitted:
         if expected is not None and self.spec.unit is Unit.DERIVATIVE:
             judged |= health.row_sum_excess(sums, sizes, expected.to(sums))
             denied, noted = self._minimum_denied(judged)
-        denied += [*health.solved(judged), *health.zero_rows(
-            sizes, self.losses, self.scorer.by_refits
-        )]  # fmt: skip
-        return judged, [*health.warned(denied), *noted, *notes]
+        unsolved, solved = health.solved(judged)
+        zero = health.zero_rows(sizes, self.losses, self.scorer.by_refits)
+        return judged, [*health.warned([*denied, *unsolved, *zero]), *noted, *solved, *notes]
 
     def _judged_by_removal(self, asked: Asked) -> list[int]:
         """Queries whose strongest examples are removed, to hold first order against that."""

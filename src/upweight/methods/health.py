@@ -25,7 +25,12 @@ from upweight.linalg.lanczos import extreme_eigenvalues
 from upweight.linalg.operator import LinearOperator
 from upweight.linalg.solution import Solution
 from upweight.linalg.solver import Solver
-from upweight.methods.facts import DECREMENT_LIMIT, RESIDUAL_LIMIT, ROW_SUM_LIMIT
+from upweight.methods.facts import (
+    DECREMENT_LIMIT,
+    RESIDUAL_LIMIT,
+    ROW_SUM_LIMIT,
+    residual_allowed,
+)
 from upweight.runtime import callers
 from upweight.runtime.progress import progress
 from upweight.task.data import Data
@@ -301,15 +306,20 @@ def of_network(
     ]
 
 
-def solved(judged: Mapping[str, Any]) -> list[str]:
-    """Whether the systems were solved."""
-    if judged.get("largest_residual", 0.0) <= RESIDUAL_LIMIT:
-        return []
+def solved(judged: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What is to be warned of the solves, and what only noted: a residual that was asked for."""
+    residual = judged.get("largest_residual", 0.0)
+    if residual <= RESIDUAL_LIMIT:
+        return [], []
+    if residual <= residual_allowed(judged):
+        return [], [
+            f"solves end at a residual of {residual:.1e} of their right side, as "
+            f"rtol={judged['solver_rtol']:g} allows: a smaller one makes the scores exact"
+        ]
     return [
-        f"a solve was left with a residual of {judged['largest_residual']:.1e} of its right "
-        "side: a smaller tolerance of the solver, or more of its steps or a higher rank, makes the "
-        "scores exact"
-    ]
+        f"a solve was left with a residual of {residual:.1e} of its right side: a smaller "
+        "tolerance of the solver, or more of its steps or a higher rank, makes the scores exact"
+    ], []
 
 
 def constant_baseline(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upweight.facts import FIRST_ORDER, Fact
-from upweight.methods.facts import COMPRESSION, SUM
+from upweight.methods.facts import COMPRESSION, RESIDUAL_LIMIT, SUM
 from upweight.notation import count, percent
 from upweight.report.evidence import Evidence
 from upweight.scores import Scores
@@ -81,6 +81,10 @@ def _row_sum(fact: Fact, _: Mapping[str, Any]) -> Sentence:
 
 def _solver(fact: Fact, _: Mapping[str, Any]) -> Sentence:
     if not fact.concern:
+        if fact.number is not None and fact.number > RESIDUAL_LIMIT:
+            return Sentence(
+                f"The equations behind the scores were solved to {percent(fact.number)}, as asked."
+            )
         return Sentence("The equations behind the scores were solved accurately.")
     left = "unknown" if fact.number is None else percent(fact.number)
     return Sentence(
