@@ -266,6 +266,34 @@ def test_is_the_sum_that_it_says(seeds):
     torch.testing.assert_close(top, scores.values.topk(2, dim=1).values)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [uw.SOURCE(2), uw.TRAK(16), uw.Averaged((uw.SOURCE(1), EKFAC))],
+    ids=lambda method: type(method).__name__,
+)
+def test_sizes_of_methods_that_look_at_training_or_may_are_fitted(method):
+    """One factor for the scores that the method has of the run that the recipe makes again."""
+    stacked = uw.Stacked((method,), subsets=12, seeds=1, by_layer=False)
+    scores = stacked.fit(NETWORK, TRAIN, history=RECIPE).attribute(QUERIES)
+    run = RECIPE.trajectory(NETWORK, TRAIN) if method.takes_run else None
+    own = method.fit(NETWORK, TRAIN, history=run).attribute(QUERIES).values
+    factor = float((own * scores.values).sum() / own.square().sum())
+    assert scores.unit is uw.Unit.DERIVATIVE and factor >= 0
+    torch.testing.assert_close(scores.values, factor * own, rtol=1e-9, atol=1e-14)
+    assert scores.provenance.health["trainings"] == 6 + method.takes_run
+
+
+def test_the_run_of_the_model_is_that_of_a_recipe_that_makes_it():
+    source = uw.Stacked((uw.SOURCE(1),), subsets=8, seeds=8)
+    models = subset_models(RECIPE, NETWORK, uw.as_data(TRAIN), 8, 0.5, 8, runs=True)
+    with pytest.raises(SpecError, match=r"from a Training recipe(?s:.)*Ensemble\(SOURCE"):
+        source.fit(NETWORK, TRAIN, history=models)
+    with pytest.raises(SpecError, match="must end at the parameters"):
+        source.fit(NETWORK.moved_to(NETWORK.theta() + 1), TRAIN, history=RECIPE)
+    ways = uw.Ensemble(uw.SOURCE(1), 3, 0.5)
+    uw.Stacked((ways,), subsets=8, seeds=8).fit(NETWORK, TRAIN, history=models)
+
+
 def test_several_dampings_share_a_fit(monkeypatch):
     calls = []
     learned = layered.LayerwiseCurvature.fit_blocks
@@ -295,7 +323,7 @@ def test_what_is_wrong_is_refused():
         uw.Stacked(())
     with pytest.raises(SpecError, match="two of each seed"):
         uw.Stacked((EKFAC,), subsets=12, seeds=10)
-    with pytest.raises(SpecError, match="look at one θ"):
+    with pytest.raises(SpecError, match="look at one model"):
         uw.Stacked((uw.Datamodels(),))
     with pytest.raises(SpecError, match="fitted to models of random subsets"):
         uw.Stacked((EKFAC,)).fit(NETWORK, TRAIN)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upweight.errors import NonFinite, SpecError
 from upweight.methods.combination import LEVEL, Combination, combine
-from upweight.methods.ensemble import Ensemble
+from upweight.methods.ensemble import Ensemble, is_of_one_model
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer, not_offered
@@ -24,7 +24,9 @@ from upweight.task.data import Data
 from upweight.task.measures import Functional, measured
 from upweight.task.recipe import Recipe
 from upweight.task.task import Task
+from upweight.training.history import History, as_history
 from upweight.training.subset_models import SubsetModels, subset_models
+from upweight.training.training import Training
 
 FEWEST = 8
 """Subsets to fit to."""
@@ -55,7 +57,8 @@ class Stacked(Method):
     `fit(..., history=...)` takes a recipe, by which the subset models are trained, or the
     `SubsetModels` of `upweight.training.subset_models`, trained once for several methods. An
     `Ensemble` among the methods averages over these very models if its `fraction` is theirs; a
-    model's own scores are left out where its own subset is predicted.
+    model's own scores are left out where its own subset is predicted. A method that looks at
+    training (`SOURCE`, `TracIn`) gets the run by which a `Training` recipe makes θ̂ again.
 
     Members j of an ensemble that are sure of a query have small scores for it, and a plain mean is
     of the few that are not. Here its scores are the mean of rows of one length:
@@ -71,11 +74,13 @@ class Stacked(Method):
         by_layer: Whether each layer's share of a method's scores is a predictor of its own.
 
     Raises:
-        SpecError: There is no method, one looks at training itself, or there are too few subsets.
+        SpecError: There is no method, one looks at several models itself, or there are too few
+            subsets; or one looks at training, and the recipe is no `Training` that ends at θ̂.
 
     Exact when: the change of m is linear in w and one of the methods' scores is it, up to a factor.
-    Cost: `subsets` trainings on `fraction` of the data, fit and scores of every method once per
-    member, and a forward pass of the queries per subset model.
+    Cost: `subsets` trainings on `fraction` of the data, one on all of them where a method looks at
+    training, fit and scores of every method once per member, and a forward pass of the queries per
+    subset model.
     Memory: a q × n matrix per predictor and for each layer of a member, and what the fit of each
     member holds.
     """
@@ -92,13 +97,13 @@ class Stacked(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
         for method in self.methods:
-            if not isinstance(method, Method) or (
-                method.takes_history and not isinstance(method, Ensemble)
+            if not isinstance(method, Method) or not (
+                isinstance(method, Ensemble) or is_of_one_model(method)
             ):
                 raise SpecError(
-                    "Stacked combines methods that look at one θ, and ensembles of them.",
+                    "Stacked combines methods that look at one model, and ensembles of them.",
                     f"{method!r}.",
-                    "a class that was not called, or a method that looks at training itself.",
+                    "a class that was not called, or a method that looks at several models itself.",
                     "Stacked((Influence(EKFAC(), damping=Relative(0.1)), GradientDot())), for "
                     "instance.",
                 )
@@ -114,15 +119,19 @@ class Stacked(Method):
             )
 
     def prepare(self, fitting: Fitting) -> "StackedScorer":
-        here = [m for m in self.methods if isinstance(m, Ensemble)]
-        models = models_of(self, fitting, [m for m in here if m.fraction == self.fraction])
+        means = [m for m in self.methods if isinstance(m, Ensemble)]
+        models = models_of(self, fitting, [m for m in means if m.fraction == self.fraction])
         if fitting.learned is None:
             fitting.learned = []
         places: dict[tuple[float, bool, int], Fitting] = {}
         sources, trainings = [], models.trainings
+        run = _run_of(fitting) if any(method.takes_run for method in self.methods) else None
+        if run is not None:
+            trainings += 1.0
         for method in self.methods:
             if not isinstance(method, Ensemble):
-                sources.append(Source(repr(method), (method.prepare(fitting),), (None,)))
+                here = replace(fitting, history=run if method.takes_run else None)
+                sources.append(Source(repr(method), (method.prepare(here),), (None,)))
             elif method.fraction == self.fraction:  # the models of the subsets are the members
                 own = tuple(range(min(method.members, len(models))))
                 keys = [(method.at, method.method.takes_run, k) for k in own]
@@ -146,6 +155,23 @@ class Stacked(Method):
         return StackedScorer(
             fitting.task, fitting.data, models, tuple(sources), self.by_layer, trainings
         )
+
+
+def _run_of(fitting: Fitting) -> History:
+    """The run by which the recipe makes the model that is asked about.
+
+    Raises:
+        SpecError: There is no recipe that records its run, or it makes another model.
+    """
+    if not isinstance(fitting.history, Training):
+        raise SpecError(
+            "A method that looks at training gets the run of the model from a Training recipe.",
+            f"history={type(fitting.history).__name__}.",
+            "models that were trained before, or a function that trains.",
+            "pass history=Training(…); or look at the runs of the subset models in place of the "
+            "model's: Ensemble(SOURCE(3), members=10, fraction=0.5).",
+        )
+    return as_history(fitting.history, fitting.task, fitting.data, fitting.theta)
 
 
 def models_of(spec: Any, fitting: Fitting, ensembles: Sequence[Ensemble]) -> SubsetModels:
