@@ -47,13 +47,15 @@ def plan(out: str | None, top: str | None, query: Any, show: str | None, **optio
         memory = ("memory of the curvature", f"{size(made.operator_bytes)} at most, if dense")
     stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in made.seconds.items())
     factors = f", factors about {size(made.factors_bytes)}" if made.factors_bytes else ""
+    about = "about" if made.products is None else "at least"
     rows = [
         ("training examples", record.n),
         ("queries", record.q),
         ("parameters", record.p),
         ("passes over the data", made.passes),
         memory,
-        ("expected time", f"about {duration(sum(made.seconds.values()))} ({stages})"),
+        ("expected time", f"{about} {duration(sum(made.seconds.values()))} ({stages})"),
+        *([] if made.products is None else [("of a solver", str(made.products))]),
         ("on disk", f"scores {size(made.scores_bytes)}{factors}"),
     ]
     title = f"{record.method} of {record.measure}"

@@ -71,6 +71,18 @@ ROUGH = 0.1
 """Relative residual of the GGN's systems where its scores are averaged with others. On the
 benchmark's networks their order is that of a residual of 0.01 to within .01 of LDS."""
 
+PRODUCTS, ROUGH_PRODUCTS = 30, 12
+"""With the GGN, for a residual of 0.01 and of `ROUGH`: 11 to 75 and 5 to 19 on MLPs with tanh and
+ReLU, CNNs and a GPT of two blocks, preconditioned by EK-FAC."""
+
+PRODUCT = 2.0
+"""Of such a product, in forward and backward passes for each vector: 0.8 on the MLPs, 1.1 to 2.5 on
+the CNNs, whose convolutions take longer to be differentiated twice, 1.5 to 2 on the GPT."""
+
+SINGLE = 3e-8
+"""Seconds for each number of the gradients of single examples: 2e-8 to 5e-8 on all of these. On the
+MLPs that is 300 passes that sum them, and on the GPT 3."""
+
 DAMPINGS = (0.1, 1.0)
 """Relative, of EK-FAC at the ends of halves. On two networks with batch normalization a second one
 adds up to .05 to the LDS, a third or fourth at most .01 (docs/methods/ensemble.md)."""
@@ -220,9 +232,16 @@ def _dense_seconds(f: Facts) -> float:
     return 0.5 + work / f.products_per_second + single
 
 
-def _cg_seconds(f: Facts, products: int = 30) -> float:
-    """So many products with the GGN for each query, but no more than p, each about two passes."""
-    return _ekfac_seconds(f) + 2 * min(products, f.parameters) * f.queries * f.epoch_seconds
+def _cg_seconds(f: Facts, products: int = PRODUCTS) -> float:
+    """So many products with the GGN, but no more than p, for each query and the gradient of J.
+
+    Each comes with EK-FAC's inverse, of at most 4 p^1.5 multiply-adds; and the gradients of single
+    examples are written once.
+    """
+    steps, vectors = min(products, f.parameters), f.queries + 1
+    step = PRODUCT * (vectors + 1) * f.epoch_seconds  # what the vectors share is about one more
+    step += vectors * 4 * f.parameters**1.5 / f.products_per_second
+    return _ekfac_seconds(f) + SINGLE * f.examples * f.parameters + steps * step
 
 
 def _cg_bytes(f: Facts) -> float:
@@ -375,7 +394,7 @@ ROWS: tuple[Row, ...] = (
         lambda f: _ggn(f) and f.likelihood and (f.recipe or f.trajectory),
         "the steps of its training are known, and there is time for products with its GGN: the "
         "mean of what both say ranks about as well as the better of them wherever it was measured",
-        lambda f: _source_seconds(f) + _cg_seconds(f, 20),
+        lambda f: _source_seconds(f) + _cg_seconds(f, ROUGH_PRODUCTS),
         lambda f: 16.0 * (SEGMENTS * f.parameters + f.queries * f.examples) + _cg_bytes(f),
         "upweight SOURCE and GGN",
     ),

@@ -44,7 +44,10 @@ class AttributionPlan:
 
     @property
     def seconds(self) -> float:
-        """Expected, of fit and scores; NaN: of a method that looks at training, not known."""
+        """Expected, of fit and scores; NaN: of a method that looks at training, not known.
+
+        A lower bound where `forecast.products` is not None.
+        """
         if self.forecast is None:
             return self.choice.seconds
         return sum(self.forecast.seconds.values())
@@ -87,9 +90,11 @@ class AttributionPlan:
             said, one = "not timed: it looks at how the model was trained", f.training_seconds
             return f"{said}; one training takes about {one:.2g} s" if 0 < one < math.inf else said
         memory = f"; {self.bytes / 1e6:.3g} MB" if self.bytes else ""
+        products = None if self.forecast is None else self.forecast.products
+        about, also = ("about", "") if products is None else ("at least", f"; {products}")
         return (
-            f"about {self.seconds:.2g} s, as {self.epochs:.2g} plain epochs of "
-            f"{f.epoch_seconds:.2g} s{memory}"
+            f"{about} {self.seconds:.2g} s, as {self.epochs:.2g} plain epochs of "
+            f"{f.epoch_seconds:.2g} s{memory}{also}"
         )
 
 

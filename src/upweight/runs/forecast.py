@@ -4,6 +4,14 @@
 
 Every stage is linear in the number of training examples beyond a constant: the passes are, the
 decompositions are the constant. m doubles until both together take long enough to be timed.
+
+An iterative solver takes as many products with the curvature as it needs, which is not linear in n
+and which a few examples do not tell. A product is linear, and timed on its own:
+
+    seconds(n) = the rest(n) + products(m) · seconds of a product(n)
+
+With all examples there are rarely fewer products than with a few, so that this is called a lower
+bound.
 """
 
 import tempfile
@@ -26,6 +34,7 @@ from upweight.index.index import SAMPLE, Index
 from upweight.linalg.damping import Absolute
 from upweight.methods.fitted import Fitted
 from upweight.methods.method import Method
+from upweight.methods.scorer import Scorer
 from upweight.runs.question import Question
 from upweight.runtime.resources import Resources
 from upweight.task.data import Data
@@ -39,7 +48,34 @@ MOST_QUERIES = 256
 """Timed with at most; more are taken to cost in proportion."""
 
 DAMPING = 1e6
-"""λ for the timing where a few examples leave the curvature singular; costs do not depend on it."""
+"""λ for the timing where a few examples leave the curvature singular. What a factorization or a
+product costs does not depend on it; how many products a solver takes does."""
+
+TOGETHER = 16
+"""Vectors that a product is timed with at most; more cost in proportion."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """Those with the curvature, by a solver that takes as many as it needs.
+
+    Args:
+        counted: In the expected seconds: those that a few examples took.
+        most: After so many the solver gives up.
+        seconds: Of one, with the curvature of all examples, for all queries at once.
+    """
+
+    counted: int
+    most: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"products with the curvature that are counted: {self.counted}, of "
+            f"{self.seconds:.2g} s each; the solver takes as many as it needs, up to "
+            f"{self.most:,} in {self.most * self.seconds:.2g} s, and a few examples do not tell "
+            "how many"
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +92,7 @@ class Forecast:
         scores_bytes: On disk.
         factors_bytes: On disk, about.
         operator_bytes: Memory of a curvature that is formed as a matrix; 0 if it is not.
+        products: Of an iterative solver, whose seconds are a lower bound; None where they are not.
     """
 
     layers: list[dict[str, Any]]
@@ -67,6 +104,7 @@ class Forecast:
     scores_bytes: int
     factors_bytes: int
     operator_bytes: int
+    products: Products | None = None
 
 
 def forecast(question: Question, memory_bytes: int | None) -> Forecast:
@@ -93,25 +131,46 @@ def forecast(question: Question, memory_bytes: int | None) -> Forecast:
     method: Any = question.method
     resources = Resources(memory_bytes=memory_bytes)
 
-    def stages(m: int) -> tuple[Fitted, float, float]:
+    def stages(m: int) -> tuple[Fitted, int, tuple[float, float, float]]:
+        """What was fitted, products in sequence, seconds of the fit, of scores, of a product."""
         started = time.perf_counter()
         with warnings.catch_warnings():
             # A model is at no minimum of some of its data; of all of them it may well be.
             warnings.simplefilter("ignore", AssumptionWarning)
             fitted = method.fit(task, train.subset(range(m)), resources=resources)
             between = time.perf_counter()
-            fitted.attribute(asked, question.measure)
-        return fitted, between - started, time.perf_counter() - between
+            scores = fitted.attribute(asked, question.measure)
+        attributed = time.perf_counter()
+        fit, rest = between - started, attributed - between
+        if _most_products(fitted.scorer) is None:
+            return fitted, 0, (fit, rest, 0.0)
+        together = min(TOGETHER, len(asked))
+        fitted.scorer.operator.mv(task.theta().expand(together, -1))  # type: ignore[attr-defined]
+        product = (time.perf_counter() - attributed) * len(asked) / together
+        steps = scores.provenance.health["solver_steps"]
+        return fitted, steps, (fit, max(0.0, rest - steps * product), product)
 
     few = min(n, FEWEST)
+    is_damped = False
     try:
         small, *_ = stages(few)  # what is done once is done, and not timed
     except (NotPositiveDefinite, NotConverged):
         if not hasattr(method, "damping"):
             raise
-        method = replace(method, damping=Absolute(DAMPING))
+        method, is_damped = replace(method, damping=Absolute(DAMPING)), True
         small, *_ = stages(few)
-    (fit_seconds, attribute_seconds), _ = _expected(lambda m: stages(m)[1:], few, n, (n, n))
+    steps = list[int]()
+
+    def timed(m: int) -> tuple[float, float, float]:
+        _, taken, seconds = stages(m)
+        steps.append(taken)
+        return seconds
+
+    (fit_seconds, rest_seconds, product_seconds), m = _expected(timed, few, n, (n, n, n))
+    attribute_seconds = rest_seconds + steps[-1] * product_seconds
+    most, products = _most_products(small.scorer), None
+    if most is not None and (m < n or is_damped):
+        products = Products(steps[-1], most, product_seconds * q / len(asked))
     work = small.scorer.work(q, memory_bytes)
     return Forecast(
         [] if work.plan is None else list(layer_uses(work.plan)),
@@ -123,7 +182,13 @@ def forecast(question: Question, memory_bytes: int | None) -> Forecast:
         n * q * itemsize,
         work.kept_bytes,
         work.operator_bytes,
+        products,
     )
+
+
+def _most_products(scorer: Scorer) -> int | None:
+    """After how many the solver gives up; None where it takes a number that is known."""
+    return getattr(getattr(scorer, "solver", None), "max_steps", None)
 
 
 @dataclass(frozen=True)
