@@ -13,10 +13,11 @@ from upweight.cli.compared import compared
 from upweight.cli.named import named, project_option, to_ask_for
 from upweight.cli.pages import Shown, is_kept, keep, shown_of
 from upweight.cli.project import Project, opened
-from upweight.cli.question import Asked, question_options, reopened, require_same
+from upweight.cli.question import Asked, Posed, question_options, reopened, require_same
 from upweight.cli.rankings import display_of, hardest, named_queries, rankings
 from upweight.cli.screen import Answer, continued_by, duration, say, verb
-from upweight.errors import StaleStore
+from upweight.errors import StaleStore, UpweightError
+from upweight.front.attribute import is_unusable
 from upweight.front.opened import own_recipe
 from upweight.runs import work
 from upweight.runs.directory import Run
@@ -33,6 +34,12 @@ TO_DO, DONE = 1, 0
 
 SHOWN_QUERIES, SHOWN_EXAMPLES = 5, 3
 """Queries whose strongest examples are printed, unless others are named; and how many of each."""
+
+BEGUN = (
+    "The method was chosen when the run was begun, and an interrupted run goes on with it. With "
+    "another --out one is chosen anew, and the next is taken where it cannot be used."
+)
+"""Of a run that was interrupted."""
 
 
 @click.command()
@@ -109,8 +116,8 @@ def attribute(
                 stack.enter_context(run.held("upweight attribute"))
             asked = as_begun(asked, run)
         project = stack.enter_context(opened())
-        question = asked.question(project)
-        new = asked.record(project, question, run)
+        posed = asked.posed(project, is_shared=ranks.size > 1)
+        question, new = posed.question, posed.record(project, run)
         ids = getattr(getattr(question.queries, "given", None), "ids", None)
         named = named_queries(asked_of, ids, new.q)
         if not exists and not is_part:  # only now: a mistake in the options leaves no directory
@@ -123,7 +130,7 @@ def attribute(
                 new.write(run.toml)
         files = run.naming(replace(new, show=show or ""))
         to_go_on = shlex.join(["upweight", "rerun", str(shown / "run.toml"), *files])
-        did = finished(run, old or new, question, to_go_on, project, show, ranks, shards)
+        did = finished(run, old or new, question, to_go_on, project, show, ranks, shards, posed)
         if not run.is_finished:
             text = f"{shown}: part {shards} is done; the run is finished when all parts are"
             return Answer(text, {"run": str(run.path), "did": did, "shards": shards})
@@ -217,11 +224,17 @@ def audited(run: Run, shown: Path) -> Answer:
 
 
 def as_begun(asked: Asked, run: Run) -> Asked:
-    """With the method that a run was begun with, where none is asked for: none is chosen anew."""
+    """With the method that a run was begun with, where none is asked for: none is chosen anew.
+
+    A method that run.toml names as an object is not taken up, and what the method was fitted with
+    is found in the user's own file again: a run directory names no code to run.
+    """
     if asked.method is not None or not (run.has_work and run.toml.exists()):
         return asked
     method, recipe = run.record.method, run.record.recipe
-    return asked if is_reference(method) else replace(asked, method=method, recipe=recipe or None)
+    if is_reference(method):
+        return asked
+    return replace(asked, method=method, recipe=asked.recipe if recipe else None)
 
 
 def share_in(asked: Asked, run: Run, ranks: Ranks, shards: str) -> None:
@@ -238,7 +251,7 @@ def share_in(asked: Asked, run: Run, ranks: Ranks, shards: str) -> None:
     if asked.method is None:
         asked = replace(asked, method=record.method, recipe=record.recipe or None)
     with opened() as project:
-        question = asked.question(project)
+        question = asked.posed(project).question
         require_same(run, record.changed(question.fingerprints()), record, project)
         work.attribute(run, record, question, ranks, shards)
 
@@ -252,8 +265,12 @@ def finished(
     show: str | None = None,
     ranks: Ranks = ALONE,
     shards: str = ALL,
+    posed: Posed | None = None,
 ) -> str:
     """Do what is left of a run, or this process's part; what was done, in a word.
+
+    Where a method that was chosen, as `posed` says, cannot be used, the run is begun anew with the
+    next, which is chosen for what is left of the budget; unless other processes work on it too.
 
     Raises:
         StaleStore: An interrupted run was begun with other versions, or scores were altered.
@@ -288,7 +305,21 @@ def finished(
         run.log(f"{word}: {record.method}, {record.measure}, {record.n} × {record.q}")
         try:
             ranks.number(TO_DO)
-            fitted = work.attribute(run, record, question, ranks, shards)
+            while True:
+                try:
+                    fitted = work.attribute(run, record, question, ranks, shards)
+                    break
+                except UpweightError as error:
+                    if posed is None or ranks.size > 1 or shards != ALL:
+                        raise
+                    if began and record.notes and is_unusable(question.method, error):
+                        error.add_note(BEGUN)
+                    posed = posed.otherwise(error, time.perf_counter() - started)
+                    question = posed.question
+                    record = replace(posed.record(project, run), show=record.show)
+                    run.begin_anew()
+                    record.write(run.toml)
+                    run.log(f"could not be used: {str(error).splitlines()[0]}; {record.method} now")
             if shards != ALL and not run.is_finished:
                 return "a part"
             with run.together() if shards != ALL else contextlib.nullcontext():

@@ -27,6 +27,7 @@ from upweight.runtime.evaluations import HALVES
 from upweight.runtime.resources import Resources
 from upweight.task.recipe import Recipe
 from upweight.training.function import as_recipe
+from upweight.training.history import History
 
 
 @click.command()
@@ -158,8 +159,13 @@ def report(run: Path, out: Path | None, show: str | None, projects: tuple[str, .
 
 
 def recipe_of(project: Project, text: str) -> Recipe:
-    """A spec, an object of the user's, or a training function of the user's."""
+    """A spec, an object of the user's, or a training function of the user's.
+
+    Of a trajectory its recipe, or the one beside it.
+    """
     value = parse(text, "recipe") if not is_reference(text) else project.load(text)
+    if isinstance(value, History):  # the steps of a recipe; of a loop nobody knows one
+        value = getattr(value, "recipe", None) or project.beside(text, "recipe")
     if not isinstance(value, nn.Module):
         value = as_recipe(value)
     if not isinstance(value, Recipe):

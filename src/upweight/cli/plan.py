@@ -1,19 +1,20 @@
 """`upweight plan`: what `upweight attribute` would do, before it does it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from upweight.cli.project import opened
-from upweight.cli.question import Asked, question_options
+from upweight.cli.question import Asked, Posed, question_options
 from upweight.cli.screen import Answer, duration, size, table, verb
 from upweight.front.choice import known_as
 from upweight.front.fidelity import fidelity_of
 from upweight.runs.directory import Run
-from upweight.runs.forecast import forecast
+from upweight.runs.forecast import Forecast, forecast
 
 
 @click.command()
@@ -27,8 +28,8 @@ def plan(out: str | None, top: str | None, query: Any, show: str | None, **optio
     """Show what attribute would do, and what it would cost.
 
     Takes the same arguments and writes nothing. Shows which rule computes each layer's gradients,
-    memory for a batch, passes over the data, the expected time, from timing a few examples, and how
-    near to retraining the method came on the standing benchmark.
+    memory for a batch, passes over the data, the expected time, from timing a few examples or steps
+    of training, and how near to retraining the method came on the standing benchmark.
 
     \b
     Examples:
@@ -38,12 +39,18 @@ def plan(out: str | None, top: str | None, query: Any, show: str | None, **optio
     """
     asked = Asked(**options)
     with opened() as project:
-        question = asked.question(project)
-        record = asked.record(project, question, Run(Path.cwd()))
-        made = forecast(question, record.memory_bytes or None)
+        posed = asked.posed(project)
+        question, record = posed.question, posed.record(project, Run(Path.cwd()))
+        looks_at_training = posed.chosen is not None and question.history is not None
+        memory_bytes = record.memory_bytes or None
+        made = expected(posed) if looks_at_training else forecast(question, memory_bytes)
+    notes = (*posed.notes[1:], *made.notes)  # the first is the choice, which was said
+    made = replace(made, notes=notes)
     facts = {"n": record.n, "q": record.q, "p": record.p, "method": record.method, **asdict(made)}
     memory = ("memory of a batch", f"{size(made.batch_bytes)} for {made.batch} examples")
-    if made.batch is None:
+    if looks_at_training:
+        memory = ("memory", f"about {size(made.operator_bytes)}")
+    elif made.batch is None:
         memory = ("memory of the curvature", f"{size(made.operator_bytes)} at most, if dense")
     stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in made.seconds.items())
     factors = f", factors about {size(made.factors_bytes)}" if made.factors_bytes else ""
@@ -68,10 +75,31 @@ def plan(out: str | None, top: str | None, query: Any, show: str | None, **optio
     return Answer("\n".join(filter(None, parts)), facts)
 
 
+def expected(posed: Posed) -> Forecast:
+    """What a method that was chosen by how the model was trained would take, by the table.
+
+    Some of the examples say little of it: it is reckoned from a step of training and a pass.
+    """
+    assert posed.chosen is not None
+    choice, task = posed.chosen.choice, posed.question.task
+    itemsize = torch.promote_types(task.layout.dtype, torch.float32).itemsize
+    return Forecast(
+        layers=[],
+        notes=(),
+        batch=None,
+        batch_bytes=0,
+        passes="those of training, and more",
+        seconds={"training, fit and scores": choice.seconds},
+        scores_bytes=len(posed.question.train) * len(posed.question.queries) * itemsize,
+        factors_bytes=0,
+        operator_bytes=int(choice.bytes),
+    )
+
+
 def layer_table(layers: Sequence[Mapping[str, Any]], notes: tuple[str, ...]) -> str:
     """A row per block, and what falls back."""
     if not layers:
-        return ""
+        return "\n".join(f"  note: {note}" for note in notes)
     rows = [("parameters", "layer", "shape", "gradients")]
     rows += [
         (u["parameters"], u["layer"], "×".join(map(str, u["shape"])), u["rule"]) for u in layers

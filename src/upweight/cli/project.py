@@ -58,7 +58,7 @@ class Project:
         """
         with reading(self.seen):
             value = self.named(reference)
-            if _is_maker(value):
+            if is_maker(value):
                 with _located(f"{reference} raised", self.folders):
                     return value()
             return value
@@ -195,7 +195,7 @@ def _imported(name: str) -> types.ModuleType:
         ) from error
 
 
-def _is_maker(value: Any) -> bool:
+def is_maker(value: Any) -> bool:
     """Whether it is a function that can be called without arguments.
 
     A function of data weights is a recipe, also where these have a default: it is not called.

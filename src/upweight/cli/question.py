@@ -1,12 +1,12 @@
 """What a run is asked, from options or from run.toml, as live objects.
 
-The texts of an `Asked` become a `Question`, and that becomes a `Record`. A method or a measure is a
-spec, or an object of the user's.
+The texts of an `Asked` become a `Posed` with its `Question`, and that becomes a `Record`. A method
+or a measure is a spec, or an object of the user's.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,31 @@ import click
 import torch
 
 from upweight.cli.named import Named
-from upweight.cli.project import Project, opened
+from upweight.cli.project import Project, is_maker, opened
 from upweight.cli.screen import say
 from upweight.cli.spec import SPECS, parse
-from upweight.errors import SpecError, StaleStore, message
-from upweight.evaluation.check import seconds_of
-from upweight.front.attribute import solvable
-from upweight.front.choice import PATIENCE
-from upweight.front.facts import facts_of
-from upweight.front.opened import is_model
+from upweight.errors import SpecError, StaleStore, UpweightError, message
+from upweight.front.attribute import Asked as Chosen
+from upweight.front.attribute import at_the_end, history_of, is_unusable, of_opened, solvable
+from upweight.front.opened import Opened, is_model
 from upweight.front.opened import opened as task_of
 from upweight.methods.method import Method
 from upweight.runs.directory import Run
 from upweight.runs.environment import environment
 from upweight.runs.question import Question
 from upweight.runs.record import Record, is_reference, relative_to
+from upweight.runtime.resources import Resources
 from upweight.runtime.versions import library_versions
 from upweight.task.data import Data
 from upweight.task.measures import as_measure
 from upweight.task.sharded import require_own_weights
 from upweight.task.task import Task
-from upweight.training.training import Training
+from upweight.training.function import as_recipe
+from upweight.training.history import History
 
 UNITS = ("", "K", "M", "G", "T")
+
+LOSS = "Loss()"
 
 NAMES = {
     "task": ("task", "model"),
@@ -56,18 +58,19 @@ class Asked:
         train: As `file.py:name`. None: `train` in the file of the task.
         queries: The same; None: `queries`, or `test`.
         method: A spec, or as `file.py:name`. None: chosen from what is known.
-        measure: A spec, or as `file.py:name`.
+        measure: A spec, or as `file.py:name`. None: `measure` in the file of the task, if there is
+            one, else the loss.
         memory_bytes: What a batch may take; None: a share of what is free.
         budget: What the answer may take, where the method is chosen.
-        recipe: How the model was trained, a spec or as `file.py:name`. None: `recipe` in the file
-            of the task, if there is one, for a method that needs it.
+        recipe: How the model was trained, a spec or as `file.py:name`. None: `recipe` and
+            `trajectory` in the file of the task, where they are there.
     """
 
     task: str
     train: str | None
     queries: str | None
     method: str | None
-    measure: str
+    measure: str | None
     memory_bytes: int | None = None
     budget: str | None = None
     recipe: str | None = None
@@ -93,15 +96,28 @@ class Asked:
             for part, name in names.items()
             if name is None
         }
+        if self.measure is None:
+            is_there = project.defines(source, "measure")
+            missing["measure"] = f"{source}:measure" if is_there else LOSS
         return replace(self, **missing)
 
-    def question(self, project: Project) -> Question:
-        """The live objects; the method is chosen where none is given, and said."""
+    def posed(self, project: Project, is_shared: bool = False) -> "Posed":
+        """The live objects; the method is chosen where none is given, and said.
+
+        Where several processes share the work, of methods that look at the trained model alone:
+        others are fitted by each process in full, and cannot give way to the next on the way.
+
+        Raises:
+            UpweightError: There is no such object, or it is none of its kind.
+        """
         named = self.found(project)
-        assert named.train is not None and named.queries is not None
-        measure = spec_or_object(project, self.measure, "measure")
+        assert named.train is not None and named.queries is not None and named.measure is not None
+        measure = spec_or_object(project, named.measure, "measure")
         if not callable(measure):
-            raise SpecError(_not_a("measure", self.measure, measure, "a function"))
+            raise SpecError(_not_a("measure", named.measure, measure, 'a function, or "Margin()"'))
+        if self.measure is None and named.measure != LOSS:
+            say(f"asks {named.measure}, which is there by its name; --measure names another")
+        measure = as_measure(measure)
         task, train = with_training_data(project, named.task, named.train)
         require_own_weights(
             task.sharded,
@@ -111,65 +127,133 @@ class Asked:
         )
         queries = task.queries(project.load(named.queries))
         if self.method is None:
-            method = self._chosen(project, named.task, task, train, queries)
-        else:
-            method = spec_or_object(project, self.method, "method")
+            return named._chosen(project, task, train, queries, measure, is_shared)
+        method = spec_or_object(project, self.method, "method")
         if not isinstance(method, Method):
-            raise SpecError(_not_a("method", self.method or "", method, "Influence(...)"))
-        how = self.known_training(project, method)
-        history = spec_or_object(project, how, "recipe") if how else None
-        return Question(task, train, queries, method, as_measure(measure), history)
+            raise SpecError(_not_a("method", self.method, method, "Influence(...)"))
+        how = named.known_training(project, method)
+        history = None
+        if how:
+            recipe, trajectory = _recipe_or_trajectory(spec_or_object(project, how, "recipe"))
+            history = history_of(method, recipe, trajectory)
+        question = Question(task, train, queries, method, measure, history)
+        return Posed(replace(named, recipe=how or None), question)
 
     def known_training(self, project: Project, method: Method) -> str:
-        """What names the recipe, for a method that looks at training; empty: it is told nothing.
+        """What names the recipe, for a method that was asked for; empty: it is told nothing.
 
-        A method that was asked for and has no use for a `--recipe` refuses it.
+        Of a trajectory and a recipe beside the task the first is of this model's own training, and
+        the second of any model's. A method that has no use for a `--recipe` refuses it.
 
         Raises:
             SpecError: The method needs one, and there is none.
         """
-        if self.method is None and not method.takes_history:  # it was chosen by the recipe
-            return ""
         if self.recipe is not None or not method.takes_history or method.history_is_optional:
             return self.recipe or ""
-        source = self.found(project).task.rpartition(":")[0]
-        if not project.defines(source, "recipe"):
+        there, source = self._beside(project), self.task.rpartition(":")[0]
+        if not there:
             raise SpecError(
                 "This method looks at how the model was trained.",
-                f"{method!r}, no --recipe, and no `recipe` in {source}.",
+                f"{method!r}, no --recipe, and no `recipe` or `trajectory` in {source}.",
                 "a recipe that is in another file, or is called otherwise.",
                 "--recipe FILE.py:NAME, or write recipe = upweight.Training(...) beside the task, "
                 "by which its model was trained; other methods look at the model alone.",
             )
-        return f"{source}:recipe"
+        first = "trajectory" if method.takes_run else "recipe"
+        return there.get(first) or next(iter(there.values()))
+
+    def _beside(self, project: Project) -> dict[str, str]:
+        """What the file of the task says of training: `recipe`, `trajectory`, as `file.py:name`."""
+        source, found = self.task.rpartition(":")[0], {}
+        for name in ("recipe", "trajectory"):
+            if project.defines(source, name):
+                value = project.named(f"{source}:{name}")
+                # A list of losses may be called a trajectory too.
+                is_one = isinstance(value, History) or is_maker(value)
+                if is_one if name == "trajectory" else value is not None:
+                    found[name] = f"{source}:{name}"
+        return found
 
     def _chosen(
-        self, project: Project, reference: str, task: Task, train: Data, queries: Data
-    ) -> Method:
-        if self.recipe is None:
-            recipe = project.beside(reference, "recipe")
+        self, project: Project, task: Task, train: Data, queries: Data, measure: Any,
+        is_shared: bool,
+    ) -> "Posed":  # fmt: skip
+        """The method that `upweight.attribute` would choose, with what it would be fitted with."""
+        if self.recipe is not None:
+            value = spec_or_object(project, self.recipe, "recipe")
+            names = dict.fromkeys(("recipe", "trajectory"), self.recipe)
+            recipe, trajectory = _recipe_or_trajectory(value)
         else:
-            recipe = spec_or_object(project, self.recipe, "recipe")
-        # Halves are not trained from here: a function, which would be timed for that, says nothing.
-        recipe = recipe if isinstance(recipe, Training) else None
-        budget = PATIENCE if self.budget is None else seconds_of(self.budget)
-        facts = facts_of(task, train, len(queries), recipe, None, budget, self.memory_bytes)
-        choice = solvable(facts, task, train)
-        say(str(choice))
-        return choice.method
+            names = self._beside(project)
+            loaded = {name: project.load(reference) for name, reference in names.items()}
+            recipe, trajectory = loaded.get("recipe"), loaded.get("trajectory")
+        found = of_opened(
+            Opened(task, train, None), queries, measure, recipe, trajectory, self.budget,
+            resources=Resources(memory_bytes=self.memory_bytes),
+        )  # fmt: skip
+        chosen = solvable(at_the_end(found) if is_shared else found)
+        say(chosen.line)
+        return Posed.of_choice(self, chosen, names)
 
-    def record(self, project: Project, question: Question, run: Run) -> Record:
+
+@dataclass(frozen=True, eq=False)
+class Posed:
+    """A question in live objects, with their names.
+
+    Args:
+        named: The texts, every object named; `recipe` is what the method is fitted with, if it is.
+        question: The live objects.
+        chosen: How the method was chosen; None where it was given.
+        names: Of what is known of training, as `file.py:name` or a spec.
+    """
+
+    named: Asked
+    question: Question
+    chosen: Chosen | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_choice(cls, named: Asked, chosen: Chosen, names: Mapping[str, str]) -> "Posed":
+        """With the method of a choice."""
+        history, queries = chosen.history, chosen.queries
+        assert queries is not None
+        is_trajectory = history is chosen.trajectory or "recipe" not in names
+        how = None if history is None else names["trajectory" if is_trajectory else "recipe"]
+        question = Question(
+            chosen.opened.task, chosen.opened.train, queries, chosen.choice.method, chosen.measure,
+            history,
+        )  # fmt: skip
+        return cls(replace(named, recipe=how), question, chosen, names)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why the method was chosen, and what was said and did not count."""
+        return () if self.chosen is None else (str(self.chosen.choice), *self.chosen.notes)
+
+    def otherwise(self, error: UpweightError, seconds: float) -> "Posed":
+        """With the next method, where the one that was chosen failed; it is said.
+
+        Raises:
+            UpweightError: It was given, or every method failed.
+        """
+        if self.chosen is None or not is_unusable(self.question.method, error):
+            raise error
+        chosen = solvable(self.chosen.otherwise(error, seconds))
+        say(chosen.line)
+        return self.of_choice(self.named, chosen, self.names)
+
+    def record(self, project: Project, run: Run) -> Record:
         """What run.toml is to say."""
-        named = self.found(project)
-        assert named.train is not None and named.queries is not None
+        named, question = self.named, self.question
+        assert named.train is not None and named.queries is not None and named.measure is not None
         return Record(
             directory=relative_to(Path.cwd(), run.path),
             task=named.task,
             train=named.train,
             queries=named.queries,
-            method=_text(question.method, self.method or ""),
-            measure=_text(question.measure, self.measure),
-            memory_bytes=self.memory_bytes or 0,
+            method=_text(question.method, named.method or ""),
+            measure=_text(question.measure, named.measure),
+            memory_bytes=named.memory_bytes or 0,
             threads=torch.get_num_threads(),
             n=len(question.train),
             q=len(question.queries),
@@ -179,7 +263,8 @@ class Asked:
             versions=library_versions(),
             environment=environment(question.task.layout.device),
             files=project.files(),
-            recipe=self.known_training(project, question.method),
+            recipe=named.recipe or "",
+            notes=self.notes,
         )
 
 
@@ -193,7 +278,7 @@ def reopened(run: Run, code: Named) -> Iterator[tuple[Project, Record, Question]
     record = run.record
     with contextlib.chdir(code.folder), opened(only=code.files) as project:
         names = (record.task, record.train, record.queries, record.method, record.measure)
-        question = Asked(*names, recipe=record.recipe or None).question(project)
+        question = Asked(*names, recipe=record.recipe or None).posed(project).question
         now = {
             "n": len(question.train),
             "q": len(question.queries),
@@ -261,6 +346,13 @@ def spec_or_object(project: Project, text: str, kind: str) -> Any:
     return project.load(text) if is_reference(text) else parse(text, kind)
 
 
+def _recipe_or_trajectory(value: Any) -> tuple[Any, Any]:
+    """What --recipe names: a recipe alone, or the steps of a run with its recipe, if it has one."""
+    if isinstance(value, History):
+        return getattr(value, "recipe", None), value
+    return as_recipe(value), None
+
+
 def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `attribute` and `plan`."""
     options = [
@@ -280,16 +372,18 @@ def question_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--recipe", metavar="SPEC",
-            help="How the model was trained, for a method that looks at it, such as SOURCE(): a "
-            "spec, or an object of yours.  [default: recipe in the file of the task]",
+            help="How the model was trained: a spec, or a recipe or trajectory of yours. By it the "
+            "method is chosen, and one that looks at training, such as SOURCE(), is fitted.  "
+            "[default: recipe and trajectory in the file of the task]",
         ),
         click.option(
             "--budget", metavar="TIME",
             help="Time that the chosen method may take, roughly: '2 min'.  [default: 10 s]",
         ),
         click.option(
-            "--measure", default="Loss()", show_default=True, metavar="SPEC",
-            help="What to ask: Loss(), Margin(), LogProb(), Logit(3), or a function of yours.",
+            "--measure", metavar="SPEC",
+            help="What to ask: Loss(), Margin(), LogProb(), Logit(3), or a function of yours.  "
+            "[default: measure in the file of the task, else Loss()]",
         ),
         click.option(
             "--memory", "memory_bytes", type=Bytes(), metavar="SIZE",

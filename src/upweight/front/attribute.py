@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from upweight.errors import NotConverged, NotPositiveDefinite, SpecError, UpweightError
+from upweight.errors import (
+    InUse,
+    NotConverged,
+    NotPositiveDefinite,
+    NotWritten,
+    SpecError,
+    UpweightError,
+)
 from upweight.evaluation.check import seconds_of
 from upweight.front.answer import Attribution
 from upweight.front.arguments import explained
@@ -90,13 +97,19 @@ class Asked:
 
     @property
     def history(self) -> Any:
-        """What the method is fitted with: a trajectory is of one model, a recipe of any."""
+        """What the method is fitted with."""
         if not self.choice.method.takes_history:
             return None
         if self.refit is not None:
             return self.refit
-        is_of_many = isinstance(self.choice.method, Stacked) and self.recipe is not None
-        return self.recipe if is_of_many or self.trajectory is None else self.trajectory
+        return history_of(self.choice.method, self.recipe, self.trajectory)
+
+    @property
+    def line(self) -> str:
+        """The choice, and how long it may take where that is longer than it was given."""
+        if self.facts is None or self.choice.seconds <= self.facts.budget_seconds:
+            return str(self.choice)
+        return f"{self.choice}; it takes about {duration(self.choice.seconds)}"
 
     def otherwise(self, error: UpweightError, seconds: float) -> "Asked":
         """The same with the next method, where this one failed.
@@ -139,15 +152,29 @@ def asked(
     if is_refitted(model, method):
         return _by_refits(model, train, queries, loss, penalty, measure, recipe or trajectory,
                           budget, method, resources)  # fmt: skip
-    seconds = PATIENCE if budget is None else seconds_of(budget)
     found = opened(model, train, loss, penalty)
-    task, data = found.task, found.train
     measure = LOSS if measure is None else measure
     chosen = (
         None
         if isinstance(measure, Functional) and queries is None
-        else queries_of(task, queries, data)
+        else queries_of(found.task, queries, found.train)
     )
+    return of_opened(found, chosen, measure, recipe, trajectory, budget, method, resources)
+
+
+def of_opened(
+    found: Opened,
+    chosen: Data | None,
+    measure: Any,
+    recipe: Any = None,
+    trajectory: Any = None,
+    budget: str | float | None = None,
+    method: Method | None = None,
+    resources: Resources | None = None,
+) -> Asked:
+    """The same of a task, its training data and queries, which are there already."""
+    seconds = PATIENCE if budget is None else seconds_of(budget)
+    task, data = found.task, found.train
     resources = Resources() if resources is None else resources
     recipe = as_recipe(recipe)
     if recipe is None:
@@ -320,22 +347,14 @@ def attribute(
         print(f"upweight: {line}", file=sys.stderr)
     while True:
         if not question.is_given:
-            print(f"upweight: {question.choice}{_estimate(question)}", file=sys.stderr)
+            print(f"upweight: {question.line}", file=sys.stderr)
         started = time.monotonic()
         try:
             return answered(question, into)
         except UpweightError as error:
-            is_unsolved = isinstance(error, NotPositiveDefinite | NotConverged)
-            if question.is_given or not (is_unsolved or question.choice.method.takes_history):
+            if question.is_given or not is_unusable(question.choice.method, error):
                 raise
             question = question.otherwise(error, time.monotonic() - started)
-
-
-def _estimate(question: Asked) -> str:
-    """How long it may take, where that is longer than it was given."""
-    if question.facts is None or question.choice.seconds <= question.facts.budget_seconds:
-        return ""
-    return f"; it takes about {duration(question.choice.seconds)}"
 
 
 def answered(question: Asked, into: Reducer | None = None) -> Any:
@@ -353,20 +372,43 @@ def answered(question: Asked, into: Reducer | None = None) -> Any:
     return Attribution.of(found, why, question.recipe, question.opened.model)
 
 
-def solvable(facts: Facts, task: Task, train: Data) -> Choice:
-    """A choice that can solve its systems, for who must name the method before it is fitted.
+def history_of(method: Method, recipe: Any, trajectory: Any) -> Any:
+    """Which of the two a method is fitted with: a trajectory is of one model, a recipe of any."""
+    is_of_many = isinstance(method, Stacked) and recipe is not None
+    return recipe if is_of_many or trajectory is None else trajectory
 
-    Methods that are fitted with a history are left out: there they are taken by name alone.
+
+def is_unusable(method: Method, error: UpweightError) -> bool:
+    """Whether an error says that another method would do: not where it is the disk that failed.
+
+    A method that looks at training may fail for any reason that lies in what is said of it.
+    """
+    if isinstance(error, NotWritten | InUse):
+        return False
+    return isinstance(error, NotPositiveDefinite | NotConverged) or method.takes_history
+
+
+def at_the_end(question: Asked) -> Asked:
+    """A choice among the methods that look at the trained model alone, for several processes."""
+    assert question.facts is not None
+    if not question.choice.method.takes_history:
+        return question
+    facts = replace(question.facts, recipe=False, function=False, trajectory=False)
+    told = f"{question.choice.name}: not shared by processes, so it is taken where it is named"
+    notes = (*question.notes, told)
+    return replace(question, facts=facts, choice=choose(facts), notes=notes)
+
+
+def solvable(question: Asked) -> Asked:
+    """A choice that can solve its systems, for who must name the method before it is fitted.
 
     Cost: a fit, where a Hessian is not damped.
     """
-    facts = replace(facts, recipe=False, function=False, trajectory=False)
-    while True:
-        choice = choose(facts)
-        if getattr(choice.method, "damping", None) != 0.0:
-            return choice
+    while getattr(question.choice.method, "damping", None) == 0.0:
+        started = time.monotonic()
         try:
-            choice.method.fit(task, train)
-            return choice
-        except NotPositiveDefinite:
-            facts = replace(facts, failed=(*facts.failed, choice.name))
+            question.choice.method.fit(question.opened.task, question.opened.train)
+            break
+        except NotPositiveDefinite as error:
+            question = question.otherwise(error, time.monotonic() - started)
+    return question

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -132,6 +133,16 @@ class Run:
                 f"name a new one, for example --out {self.path / 'run'}",
             )
         require_own(self.path)
+
+    def begin_anew(self) -> None:
+        """Remove what was computed so far, for who holds the run and takes another method.
+
+        Raises:
+            OSError: Something cannot be removed.
+        """
+        for folder in (self.scores, self.factors):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
 
     def log(self, text: str) -> None:
         """Add a line to log.txt."""

@@ -41,8 +41,9 @@ class Record:
         environment: Libraries and machine that the bits depend on; empty in runs of upweight 0.1.0.
         files: Hashes, or sizes, of the files of weights and data that the user's files read.
         show: What the page shows beside the data, as `file.py:name`; empty: nothing.
-        recipe: How the model was trained, for a method that looks at it: a spec, or an object as
-            `file.py:name`; empty: the method was told nothing.
+        recipe: How the model was trained, for a method that looks at it: a spec, or a recipe or a
+            trajectory as `file.py:name`; empty: the method was told nothing.
+        notes: Why the method was chosen, and what could not be used; empty where it was given.
     """
 
     directory: str
@@ -63,6 +64,7 @@ class Record:
     files: Mapping[str, str] = field(default_factory=dict)
     show: str = ""
     recipe: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def asked(self) -> dict[str, list[str]]:

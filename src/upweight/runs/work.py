@@ -3,6 +3,8 @@
 What a method keeps of its fit is in `factors/`; scores are written in shards as they are computed.
 """
 
+from dataclasses import replace
+
 from upweight.methods.fitted import Fitted
 from upweight.runs.directory import Run
 from upweight.runs.question import Question
@@ -54,6 +56,7 @@ def refit(run: Run, record: Record, question: Question, ranks: Ranks = ALONE) ->
     resources = Resources(
         memory_bytes=record.memory_bytes or None, folder=run.factors, group=ranks.group
     )
-    return question.method.fit(
+    fitted = question.method.fit(
         question.task, question.train, history=question.history, resources=resources
     )
+    return replace(fitted, notes=(*record.notes, *fitted.notes))
