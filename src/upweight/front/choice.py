@@ -71,6 +71,9 @@ ROUGH = 0.1
 """Relative residual of the GGN's systems where its scores are averaged with others. On the
 benchmark's networks their order is that of a residual of 0.01 to within .01 of LDS."""
 
+ROUGHLY = 20
+"""Products that it takes."""
+
 DAMPINGS = (0.1, 1.0)
 """Relative, of EK-FAC at the ends of halves. On two networks with batch normalization a second one
 adds up to .05 to the LDS, a third or fourth at most .01 (docs/methods/ensemble.md)."""
@@ -332,6 +335,31 @@ def _ends_row(halves: int) -> Row:
     )
 
 
+def _with_ggn(row: Row) -> Row:
+    """The same stack with the GGN of the model that is asked about as one more method."""
+
+    def method(f: Facts) -> Method:
+        plain = row.method(f)
+        assert isinstance(plain, Stacked)
+        return replace(plain, methods=(*plain.methods, ggn_by_cg(_usual(f), ROUGH)))
+
+    return Row(
+        f"{row.name}, beside the GGN",
+        method,
+        lambda f: row.applies(f) and _ggn(f),
+        f"{row.why}; and there is time for products with the GGN of the model",
+        lambda f: row.seconds(f) + _cg_seconds(f, ROUGHLY),
+        # A predictor of each layer, and what CG keeps.
+        lambda f: row.bytes(f) + 8.0 * f.layers * f.queries * f.examples + _cg_bytes(f),
+    )
+
+
+def _rows_of(halves: int) -> tuple[Row, ...]:
+    """Stacks over so many, each with the GGN first."""
+    plain = (_stacked_row(halves), _ends_row(halves))
+    return tuple(each for row in plain for each in (_with_ggn(row), row))
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         "exact Hessian",
@@ -367,15 +395,14 @@ ROWS: tuple[Row, ...] = (
         "its mean eigenvalue is added",
         _linear_cg_seconds,
     ),
-    *map(_stacked_row, HALVES),
-    *map(_ends_row, HALVES),
+    *(row for halves in HALVES for row in _rows_of(halves)),
     Row(
         BOTH,
         lambda f: Averaged((SOURCE(SEGMENTS), ggn_by_cg(_usual(f), ROUGH))),
         lambda f: _ggn(f) and f.likelihood and (f.recipe or f.trajectory),
         "the steps of its training are known, and there is time for products with its GGN: the "
         "mean of what both say ranks about as well as the better of them wherever it was measured",
-        lambda f: _source_seconds(f) + _cg_seconds(f, 20),
+        lambda f: _source_seconds(f) + _cg_seconds(f, ROUGHLY),
         lambda f: 16.0 * (SEGMENTS * f.parameters + f.queries * f.examples) + _cg_bytes(f),
         "upweight SOURCE and GGN",
     ),
@@ -491,7 +518,7 @@ def alike(choice: Choice) -> tuple[str, ...]:
         return (BOTH, "SOURCE")
     if not isinstance(choice.method, Stacked):
         return (choice.name,)
-    return tuple(made(halves).name for made in (_stacked_row, _ends_row) for halves in HALVES)
+    return tuple(row.name for halves in HALVES for row in _rows_of(halves))
 
 
 def known_as(method: Method) -> str:
