@@ -293,7 +293,10 @@ def test_halves_are_trained_by_a_function(monkeypatch, capsys):
     first, line = capsys.readouterr().err.splitlines()
     assert first == f"upweight: {TIMED}" and "chose Stacked((Ensemble(Influence(EKFAC()" in line
     assert "trainings on halves of the data by a function" in scores.provenance.notes[0]
-    expected = choice.stacked_ends(40).fit(uw.Task(model, ce), TRAIN, history=normed)
+    of_halves = choice.stacked_ends(40)
+    beside = choice.ggn_by_cg(uw.Absolute(choice.LEARNED), choice.ROUGH)
+    method = replace(of_halves, methods=(*of_halves.methods, beside))
+    expected = method.fit(uw.Task(model, ce), TRAIN, history=normed)
     assert_close(scores.values, expected.attribute(QUERIES).values)
     plan = uw.plan(model, TRAIN, QUERIES, ce, recipe=normed, budget="1 h")
     assert isinstance(plan.method, uw.Stacked) and 0 < plan.facts.half_seconds < plan.seconds < 3600
@@ -316,7 +319,9 @@ def test_a_function_that_does_not_repeat_itself_is_no_reason_to_fail():
     assert any("gives the same model for the same weights" in n for n in scores.provenance.notes)
 
 
-@pytest.mark.parametrize("kind, halves", [(DataError, [40]), (NotConverged, [40, 16, 10])])
+@pytest.mark.parametrize(
+    "kind, halves", [(DataError, [40]), (NotConverged, [40, 40, 16, 16, 10, 10])]
+)
 def test_halves_that_tell_nothing_are_not_trained_again(monkeypatch, capsys, kind, halves):
     """40 halves whose differences go against what is predicted: 16 of them say less."""
     tried = []

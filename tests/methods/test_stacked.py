@@ -294,6 +294,31 @@ def test_the_run_of_the_model_is_that_of_a_recipe_that_makes_it():
     uw.Stacked((ways,), subsets=8, seeds=8).fit(NETWORK, TRAIN, history=models)
 
 
+def test_a_solve_of_all_layers_is_one_predictor():
+    """Of two blocks each share is a predictor. Shares are told either way, and are of the sum."""
+    models = subset_models(RECIPE, NETWORK, uw.as_data(TRAIN), 8, 0.5, 8)
+    coupled = uw.Influence(uw.GGN(), uw.solvers.Cholesky(), 0.1, tolerance=0)
+
+    def fitted(method, **options):
+        stacked = uw.Stacked((method,), subsets=8, seeds=8, **options)
+        return stacked.fit(NETWORK, TRAIN, history=models)
+
+    def coefficients(fitted):
+        return fitted.attribute(QUERIES, output).provenance.health["coefficients"]
+
+    found = fitted(coupled)
+    assert len(coefficients(found)) == 1 and len(coefficients(fitted(EKFAC))) == 2
+    ((name, (c, *_)),) = coefficients(found).items()
+    whole = fitted(coupled, by_layer=False).attribute(QUERIES, output).values
+    torch.testing.assert_close(found.attribute(QUERIES, output).values, whole)
+    assert name == f"{coupled!r} all" and c > 0
+    shares = found.attribute(QUERIES, output, into=uw.PerLayer())
+    given = coupled.fit(NETWORK, TRAIN).attribute(QUERIES, output, into=uw.PerLayer())
+    assert list(shares) == list(given) and len(given) == 2
+    for layer, share in shares.items():
+        torch.testing.assert_close(share.values, c * given[layer].values)
+
+
 def test_several_dampings_share_a_fit(monkeypatch):
     calls = []
     learned = layered.LayerwiseCurvature.fit_blocks

@@ -351,6 +351,31 @@ def _ends_row(halves: int) -> Row:
     )
 
 
+def _with_ggn(row: Row) -> Row:
+    """The same stack with the GGN of the model that is asked about as one more method."""
+
+    def method(f: Facts) -> Method:
+        plain = row.method(f)
+        assert isinstance(plain, Stacked)
+        return replace(plain, methods=(*plain.methods, ggn_by_cg(_usual(f), ROUGH)))
+
+    return Row(
+        f"{row.name}, beside the GGN",
+        method,
+        lambda f: row.applies(f) and _ggn(f),
+        f"{row.why}; and there is time for products with the GGN of the model",
+        lambda f: row.seconds(f) + _cg_seconds(f, ROUGH_PRODUCTS),
+        # A predictor of each layer, and what CG keeps.
+        lambda f: row.bytes(f) + 8.0 * f.layers * f.queries * f.examples + _cg_bytes(f),
+    )
+
+
+def _rows_of(halves: int) -> tuple[Row, ...]:
+    """Stacks over so many, each with the GGN first."""
+    plain = (_stacked_row(halves), _ends_row(halves))
+    return tuple(each for row in plain for each in (_with_ggn(row), row))
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         "exact Hessian",
@@ -386,8 +411,7 @@ ROWS: tuple[Row, ...] = (
         "its mean eigenvalue is added",
         _linear_cg_seconds,
     ),
-    *map(_stacked_row, HALVES),
-    *map(_ends_row, HALVES),
+    *(row for halves in HALVES for row in _rows_of(halves)),
     Row(
         BOTH,
         lambda f: Averaged((SOURCE(SEGMENTS), ggn_by_cg(_usual(f), ROUGH))),
@@ -510,7 +534,7 @@ def alike(choice: Choice) -> tuple[str, ...]:
         return (BOTH, "SOURCE")
     if not isinstance(choice.method, Stacked):
         return (choice.name,)
-    return tuple(made(halves).name for made in (_stacked_row, _ends_row) for halves in HALVES)
+    return tuple(row.name for halves in HALVES for row in _rows_of(halves))
 
 
 def known_as(method: Method) -> str:

@@ -115,6 +115,10 @@ class MeanOfInversesScorer(FlatScorer):
     lambdas: dict[str, float]
     lengths: dict[str, float]
 
+    @property
+    def couples_layers(self) -> bool:
+        return False
+
     def choose(self, damping: Damping) -> tuple[str, ...]:
         """λ_l of every layer, the penalty's curvature included.
 

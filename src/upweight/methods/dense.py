@@ -148,6 +148,10 @@ class FlatScorer(Scorer):
     def layers(self) -> tuple[str, ...]:
         return tuple(block.name for block in self.plan.blocks)
 
+    @property
+    def couples_layers(self) -> bool:
+        return True
+
     @cached_property
     def plan(self) -> Plan:
         """How gradients are obtained layer by layer, for shares of layers and positions."""

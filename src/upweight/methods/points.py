@@ -184,6 +184,10 @@ class AddedScorers(SeveralScorers):
     def layers(self) -> tuple[str, ...]:
         return self.scorers[0].layers
 
+    @property
+    def couples_layers(self) -> bool:
+        return any(scorer.couples_layers for scorer in self.scorers)
+
     def settings(self, asked: Asked) -> dict[str, int]:
         found = [scorer.settings(asked) for scorer in self.scorers]
         # Queries are held with every scorer at once.

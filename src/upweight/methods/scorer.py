@@ -211,6 +211,11 @@ class Scorer(abc.ABC):
         return ()
 
     @property
+    def couples_layers(self) -> bool:
+        """Whether a layer's share is no score by itself, since P is no block per layer."""
+        return False
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """What products are taken in; None: that of the parameters."""
         return None

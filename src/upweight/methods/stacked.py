@@ -71,7 +71,9 @@ class Stacked(Method):
         fraction: Of the data, what each keeps.
         seeds: Of the recipe, from which the subset models are trained: two subsets or more of each,
             about whose mean the regression is, or as many as subsets, when it is about that of all.
-        by_layer: Whether each layer's share of a method's scores is a predictor of its own.
+        by_layer: Whether each layer's share of a method's scores is a predictor of its own. Where a
+            system of all layers is solved (the GGN by CG) shares of layers are none: they have one
+            coefficient.
 
     Raises:
         SpecError: There is no method, one looks at several models itself, or there are too few
@@ -292,13 +294,14 @@ class StackedScorer(Scorer):
         if asked.queries is None or isinstance(asked.measure, Functional):
             raise not_offered("A Functional", "a measurement of each query")
         of_subsets = outcomes(self.models, self.task, asked.queries, asked.measure)
-        names, values, predicted = self._predictors(asked)
+        names, places, values, predicted = self._predictors(asked)
         found = combine(predicted, of_subsets, self.models.compared)
         total: dict[str, Tensor] = {}
-        for (_, layer), part, c in zip(names, values, found.coefficients.tolist(), strict=True):
+        for (layer, place), part in zip(places, values, strict=True):
+            c = float(found.coefficients[place])
             total[layer] = total[layer].add_(part, alpha=c) if layer in total else part.mul_(c)
         apart = self._apart(asked, of_subsets)
-        yield StackedJob(total, tuple(f"{name} {layer}" for name, layer in names), found, apart)
+        yield StackedJob(total, names, found, apart)
 
     def _apart(self, asked: Asked, of_subsets: Float[Tensor, "s q"]) -> float:
         """Median over queries of |m − mean of the subset models'| in their standard deviations."""
@@ -310,26 +313,32 @@ class StackedScorer(Scorer):
 
     def _predictors(
         self, asked: Asked
-    ) -> tuple[list[tuple[str, str]], list[Float[Tensor, "q n"]], Float[Tensor, "k s q"]]:
-        """S_k of every predictor, and the Δm that it predicts of every subset."""
+    ) -> tuple[
+        tuple[str, ...],
+        list[tuple[str, int]],
+        list[Float[Tensor, "q n"]],
+        Float[Tensor, "k s q"],
+    ]:
+        """Of every predictor its name; by layer, whose predictor it is and its scores; and Δm_k."""
         n, q = len(self.train), len(asked)
         layers = [s.members[0].layers if self.splits else () for s in self.sources]
-        names = [
-            (source.name, layer)
-            for source, some in zip(self.sources, layers, strict=True)
-            for layer in (some or (WHOLE,))
-        ]
+        names, places = list[str](), list[tuple[str, int]]()
+        for source, some in zip(self.sources, layers, strict=True):
+            told = (WHOLE,) if source.members[0].couples_layers or not some else some
+            for k, layer in enumerate(some or (WHOLE,)):
+                places.append((layer, len(names) + min(k, len(told) - 1)))
+            names += [f"{source.name} {each}" for each in told]
         dtype, device = self.dtype, self.task.layout.device
         most = max(max(1, len(some)) for some in layers)
         require_bytes(
-            (len(names) + most) * q * n * dtype.itemsize,
+            (len(places) + most) * q * n * dtype.itemsize,
             f"{len(names)} predictors of {q} × {n} scores",
             device,
             "ask some queries at a time, or combine fewer predictors: by_layer=False.",
         )
         change = self.models.weights.to(device) - 1.0
-        values = [torch.zeros(q, n, dtype=dtype, device=device) for _ in names]
-        predicted = torch.zeros(len(names), len(change), q, dtype=torch.float64, device=device)
+        values = [torch.zeros(q, n, dtype=dtype, device=device) for _ in places]
+        predicted = torch.zeros(len(places), len(change), q, dtype=torch.float64, device=device)
         at = 0
         for source, some in zip(self.sources, layers, strict=True):
             width = max(1, len(some))
@@ -361,7 +370,9 @@ class StackedScorer(Scorer):
             # Where the only member is a subset's own there is nothing to predict it with.
             predicted[at : at + width] *= lengths / times.clamp_min(1.0)
             at += width
-        return names, values, predicted.cpu()
+        index = torch.tensor([place for _, place in places], device=device)
+        of_each = predicted.new_zeros(len(names), *predicted.shape[1:])
+        return tuple(names), places, values, of_each.index_add_(0, index, predicted).cpu()
 
     def summary(self, records: Sequence[Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         if not records:
