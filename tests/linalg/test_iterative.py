@@ -301,3 +301,37 @@ def test_minres_does_not_send_its_user_to_minres():
     with pytest.raises(NotPositiveDefinite, match=r"(?s)lie in the range of A.*GGN\(\)") as error:
         MINRES().solve(A, torch.ones(3)).throw()
     assert "MINRES(), which" not in str(error.value)
+
+
+def test_cg_sees_the_ends_of_the_spectrum_with_no_further_product():
+    A = counted(spectrum(torch.linspace(0.5, 40, 30).double().repeat(2)))
+    b = draw(3, p)
+    solution = CG(1e-12).solve(CG().init(A), b)
+    seen = solution.stats.extra
+    assert seen["smallest_ritz"] == pytest.approx(0.5) and seen["largest_ritz"] == pytest.approx(40)
+    assert seen["condition"] == pytest.approx(80)
+    # A step each, and one for each right-hand side's true residual
+    assert len(A.seen) <= solution.stats.steps + 3
+    few = CG(max_steps=6).solve(CG().init(A), b).stats.extra
+    assert 0.5 < few["smallest_ritz"] < 4 and 35 < few["largest_ritz"] < 40
+    assert few["condition"] == few["largest_ritz"] / few["smallest_ritz"]
+    # They are the Ritz values of the Krylov space
+    one = CG(max_steps=6).solve(CG().init(A), b[0]).stats.extra
+    K = [b[0]]
+    for _ in range(5):
+        K.append(A.mv(K[-1] / K[-1].norm()))
+    Q = torch.linalg.qr(torch.stack(K).mT)[0]
+    ritz = torch.linalg.eigvalsh(Q.mT @ A.mv(Q.mT).mT)
+    assert one["smallest_ritz"] == pytest.approx(float(ritz[0]), rel=1e-6)
+    assert one["largest_ritz"] == pytest.approx(float(ritz[-1]), rel=1e-6)
+    scaled = CG(preconditioner=DiagonalMatrix(torch.full((p,), 0.1).double()))
+    assert "condition" not in scaled.solve(scaled.init(A), b).stats.extra
+
+
+def test_what_cg_saw_is_within_the_spectrum_in_float32_after_restarts():
+    A = spectrum(torch.logspace(-4, 0, p).double())
+    A = Dense(A.matrix.float(), A.tags)
+    solution = CG(1e-6, max_steps=500, refresh=10).solve(CG().init(A), draw(2, p).float())
+    seen = solution.stats.extra
+    assert seen["largest_ritz"] == pytest.approx(1.0, rel=1e-4)
+    assert 1e-4 - 1e-6 <= seen["smallest_ritz"] < 1e-3

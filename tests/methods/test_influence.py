@@ -14,6 +14,7 @@ from tests.reference import dense
 from tests.reference.retrain import minimize, weight_derivative
 from upweight.cli.spec import parse
 from upweight.errors import NonFinite, NotConverged, NotPositiveDefinite, ShapeError, SpecError
+from upweight.methods.facts import stated
 
 EXACT = uw.Influence(uw.Hessian(), uw.solvers.Cholesky())
 REFERENCES = {
@@ -100,6 +101,13 @@ def test_provenance_says_what_was_done():
     assert health["damping"] == pytest.approx(0.1 * mean)
     assert 0 < health["solver_steps"] <= 12 and 0 < health["largest_residual"] <= 1e-8
     assert parse(health["solver"]) == uw.solvers.CG(rtol=1e-8)
+    # Four of the eigenvalues are of shifts that all classes share; no gradient has a part there
+    seen = (torch.linalg.eigvalsh(dense.ggn(p.task, p.train)) + health["damping"])[3:-1]
+    assert health["solver_smallest_ritz"] == pytest.approx(float(seen[0]), rel=1e-6)
+    assert health["solver_largest_ritz"] == pytest.approx(float(seen[-1]), rel=1e-6)
+    assert health["solver_condition"] == pytest.approx(float(seen[-1] / seen[0]), rel=1e-6)
+    damping = next(fact for fact in stated(health) if fact.name == "Damping")
+    assert "smallest Ritz value of H + λI" in damping.meaning
     losses = nn.functional.cross_entropy(p.task.model(p.train[0]), p.train[1])
     assert health["mean_loss"] == pytest.approx(float(losses.detach()))
     assert set(found.seconds) == {"fit", "attribute"} and found.versions["torch"]

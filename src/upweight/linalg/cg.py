@@ -27,6 +27,10 @@ from upweight.runtime.progress import Lines
 # stagnated.
 STALLS = 10
 
+RITZ_STEPS = 400
+"""Steps whose coefficients the ends of the spectrum are taken from: eigenvalues of a matrix of that
+size cost less than a product."""
+
 
 def most_steps(condition: float, rtol: float) -> int:
     """Steps within which ‖Ax − b‖ ≤ rtol ‖b‖ in exact arithmetic, from A's condition number κ.
@@ -60,6 +64,11 @@ class CG(Solver[Preconditioned]):
     Ends with NEGATIVE_CURVATURE where A is seen to be indefinite, SINGULAR where a direction is
     flat, and STAGNATED where rounding keeps the residual above rtol. On a singular A with b in its
     range the answer is the solution of least norm; MINRES is the solver that expects that case.
+
+    Without a preconditioner `stats.extra` has what the steps of one right-hand side, which took
+    most, saw of A: `smallest_ritz` and `largest_ritz`, the ends of the spectrum of Lanczos'
+    matrix, which are within that of A, and their ratio `condition`, which is at most κ. They take
+    no further product (Saad 2003, Section 6.7.3).
 
     Exact when: after as many steps as A has distinct eigenvalues, in exact arithmetic.
     Cost: one product with A a step, and five vectors for each right-hand side.
@@ -103,6 +112,7 @@ class _Run:
         self.solver, self.A, self.M, self.columns = solver, state.A, state.M, columns
         self.eps = torch.finfo(state.A.dtype).eps
         self.norm_A = 0.0  # largest ‖Av‖/‖v‖ seen: a lower bound on ‖A‖
+        self.seen = _Seen(columns)
 
     def precondition(self, r: Tensor) -> Tensor:
         return r if self.M is None else self.M.mv(r)
@@ -127,6 +137,8 @@ class _Run:
             if bool(due.any()):
                 rows = self.refresh(rows, due)
         self.columns.close(rows.index, rows.x, Result.MAX_STEPS)
+        if self.M is None:
+            self.columns.extra.update(self.seen.ends())
         return self.columns.solution(steps, repr(self.solver))
 
     def step(self, rows: _Rows) -> _Rows:
@@ -151,7 +163,10 @@ class _Run:
             rows, p, Ap, pAp = rows.keep(~stop), p[~stop], Ap[~stop], pAp[~stop]
         alpha = (rows.rz / pAp)[:, None]
         x, residual = rows.x + alpha * p, rows.residual - alpha * Ap
-        return self.turn(replace(rows, x=x, residual=residual))
+        turned = self.turn(replace(rows, x=x, residual=residual))
+        if self.M is None:  # with it the coefficients are of M A, and `turned` may have fewer rows
+            self.seen.step(rows.index, alpha[:, 0], turned.rz / rows.rz)
+        return turned
 
     def turn(self, rows: _Rows) -> _Rows:
         """The next direction, conjugate to the last."""
@@ -197,8 +212,54 @@ class _Run:
         z = self.precondition(residual)
         rz = torch.where(restart, (residual * z).sum(1), rows.rz)
         direction = torch.where(restart[:, None], z, rows.direction)
+        self.seen.restart(rows.index, restart)
         fresh = _Rows(rows.index, rows.x, residual, direction, rz, best, energy, stalls)
         return fresh.keep(~solved & ~stuck)
 
     def end(self, rows: _Rows, mask: Bool[Tensor, " r"], result: Result) -> None:
         self.columns.close(rows.index[mask], rows.x[mask], result)
+
+
+class _Seen:
+    """α and β of every step up to a restart, which are Lanczos' matrix T for A and r.
+
+    T has 1/αₖ + βₖ₋₁/αₖ₋₁ on its diagonal, √βₖ/αₖ beside it: Saad (2003), Section 6.7.3.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        self.none = torch.zeros_like(columns.residuals)
+        self.goes_on = torch.ones_like(self.none, dtype=torch.bool)
+        self.steps: list[tuple[Tensor, Tensor]] = []  # of all rows; 0 where one has left
+
+    def step(self, index: Int[Tensor, " r"], alpha: Tensor, beta: Tensor) -> None:
+        if len(index) and len(self.steps) < RITZ_STEPS:
+            alpha = alpha * self.goes_on[index]
+            self.steps.append(
+                (self.none.index_copy(0, index, alpha), self.none.index_copy(0, index, beta))
+            )
+
+    def restart(self, index: Int[Tensor, " r"], mask: Bool[Tensor, " r"]) -> None:
+        """The next direction of these is not conjugate to the last."""
+        self.goes_on[index] &= ~mask
+
+    def ends(self) -> dict[str, float]:
+        """Of the right-hand side with most steps; nothing where none took a step."""
+        if not self.steps:
+            return {}
+        alphas, betas = (torch.stack(part).double().cpu() for part in zip(*self.steps, strict=True))
+        lengths = (alphas > 0).sum(dim=0)
+        row = int(lengths.argmax())
+        alpha, beta = alphas[: lengths[row], row], betas[: lengths[row], row]
+        if not len(alpha) or not bool((alpha.isfinite() & beta.isfinite()).all()):
+            return {}
+        diagonal, off = 1 / alpha, (beta.sqrt() / alpha)[:-1]
+        diagonal[1:] += (beta / alpha)[:-1]
+        ritz = torch.linalg.eigvalsh(
+            torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
+        )
+        low, high = float(ritz[0]), float(ritz[-1])
+        ends = {"smallest_ritz": low, "largest_ritz": high}
+        # Below that the smallest is rounding.
+        if low > 10 * torch.finfo(self.none.dtype).eps * high:
+            ends["condition"] = high / low
+        return ends

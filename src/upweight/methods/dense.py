@@ -357,6 +357,11 @@ class DenseScorer(FlatScorer):
             "largest_residual": float(worst.residuals.max()),
             **{f"solver_{key}": value for key, value in worst.extra.items()},
         }
+        # What each solve saw of one spectrum: together they saw the most.
+        for key, end in (("smallest_ritz", min), ("largest_ritz", max), ("condition", max)):
+            seen = [stats.extra[key] for stats in records if key in stats.extra]
+            if seen:
+                told[f"solver_{key}"] = end(seen)
         return told, ()
 
 

@@ -126,6 +126,8 @@ def _damping(health: Mapping[str, Any]) -> Fact | None:
             ("mean eigenvalue", "mean_eigenvalue"),
             ("smallest eigenvalue", "solver_smallest_eigenvalue"),
             ("largest eigenvalue", "solver_largest_eigenvalue"),
+            ("smallest Ritz value of H + λI", "solver_smallest_ritz"),
+            ("largest", "solver_largest_ritz"),
             ("condition number at least", "solver_condition"),
         )
         if (number := _number(health, name)) is not None
