@@ -14,8 +14,11 @@ same trained model, and here scores and truth meet:
     LDS          rank correlation over 100 models of random halves of the data, mean over queries
     removals     Pearson correlation and slope of Δm without one example, or a group of one class
     AUROC        of a tenth of the labels made wrong in a second copy, by self-influence
-    plain_epochs   seconds of fit and scores in plain forward and backward epochs
+    plain_epochs   fit and scores in plain forward and backward epochs, CPU seconds of both
     peak MB      of the contender's process
+
+Beside the plain epoch one training of the attributed model is timed, so that a method's time can be
+said in trainings. Rows without `cpu_seconds` are older: their epochs are of wall time.
 
 The data are mnist.npz, spamassassin.jsonl.gz and brown.jsonl.gz in `--data`.
 """
@@ -79,7 +82,7 @@ def process(
         found |= failed
     found |= limits | {"shared": not given.quiet, "date": time.strftime("%Y-%m-%d")}
     report.write_text(json.dumps(found))
-    for left in ("kronfluence", "trak"):  # gigabytes of factors and features
+    for left in ("kronfluence", "trak", "bergson"):  # gigabytes of factors and features
         shutil.rmtree(folder / left, ignore_errors=True)
     mark.write_text(about)
     return found
@@ -149,7 +152,8 @@ def row_of(
         if said["status"] == "ok":
             if c.library == "upweight" or said.get("imported"):
                 seconds = {"fit": said["fit_seconds"], "scores": said["score_seconds"]["loss"]}
-                row |= {"seconds": seconds, "plain_epochs": sum(seconds.values()) / plain_epoch}
+                cpu = said["cpu_seconds"]
+                row |= {"seconds": seconds, "cpu_seconds": cpu, "plain_epochs": cpu / plain_epoch}
             row["peak_memory_mb"] = said["peak_memory"] / 2**20
             scores = load_file(folder / "queries" / "scores.safetensors")
             row |= held(scores, made, known, c)
@@ -267,8 +271,11 @@ def main() -> None:
         labeled = made.kind != "text"
         flipped = problem(name, given.data, given.cache, flipped=True) if labeled else None
         known, facts = truth(made, given.cache, anew=given.truth_anew)
-        folder = given.cache / "fidelity-scores" / name / "plain_epoch"
-        plain_epoch = process("plain_epoch", file, folder, sys.executable, given)
+        folder = given.cache / "fidelity-scores" / name
+        plain_epoch, training = (
+            process(what, file, folder / what, sys.executable, given)
+            for what in ("plain_epoch", "training")
+        )
         found = report["tasks"].setdefault(name, {"methods": {}})
         found |= {
             "parameters": sum(p.numel() for p in made.model.parameters()),
@@ -278,6 +285,7 @@ def main() -> None:
             "damping": made.damping,
             "truth": facts | {"removals_repeat": noise(made, known)},
             "epoch_seconds": plain_epoch["seconds"],
+            "training_seconds": training["seconds"],
             "environment": environment(),
         }
         for label in given.method:

@@ -58,6 +58,14 @@ class Ours(Method):
         return values
 
 
+class Baseline(Ours):
+    """A ranking of the queries that knows no measure: its sign is that of a loss."""
+
+    def scores(self, measure: str) -> Tensor:
+        values: Tensor = self.fitted.attribute((self.problem.Xq, self.problem.yq)).values
+        return values
+
+
 class Retraining(Method):
     """A method that is fitted to models of random halves, none of which is among the truth's."""
 
@@ -106,6 +114,24 @@ def ours(
         refusal,
         detects=detects,
         calibrated=calibrated,
+    )
+
+
+def baseline(
+    name: str,
+    method: Callable[[Problem], uw.Method],
+    settings: str,
+    refusal: Callable[[Problem], str | None] = lambda problem: None,
+) -> Contender:
+    return Contender(
+        f"upweight {name}",
+        lambda problem, folder: Baseline(problem, folder, method(problem)),
+        "upweight",
+        settings,
+        refusal,
+        measures=lambda problem: ("loss",),
+        calibrated=False,
+        detects=lambda problem: False,
     )
 
 
@@ -216,7 +242,6 @@ RETRAINED = (
         "one factor, fitted to 40 halves: 20 trainings",
     ),
     retrained("stacked, 10 halves", stacked(10), "EK-FAC of halves by layer: 5 trainings"),
-    retrained("stacked, 40 halves", stacked(40), "EK-FAC of halves by layer: 20 trainings"),
     retrained(
         "stacked SOURCE, 10 halves",
         by_segment(10),
@@ -258,6 +283,11 @@ def usual(problem: Problem) -> uw.Relative | uw.Absolute:
     return uw.Absolute(LEARNED * problem.y[0].numel())
 
 
+def resolved(problem: Problem) -> uw.Influence:
+    """The GGN with the λ of its training."""
+    return replace(roughly(problem), damping=uw.FromTraining())
+
+
 def only_networks(problem: Problem) -> str | None:
     return "the same as the Hessian here" if convex(problem) else None
 
@@ -268,6 +298,18 @@ def no_draws(problem: Problem) -> str | None:
     return None if size(problem) <= EXACT_SIZE else f"{size(problem)} parameters × 400 draws"
 
 
+def penalized(problem: Problem) -> str | None:
+    return None if problem.penalty else "no penalty on its last layer"
+
+
+def only_text(problem: Problem) -> str | None:
+    return None if problem.kind == "text" else "its examples have no words"
+
+
+def no_text(problem: Problem) -> str | None:
+    return "a passage has many targets" if problem.kind == "text" else None
+
+
 def localized(problem: Problem) -> uw.BIF:
     """λ = γ/n as for the Gauss–Newton matrix; a step of 1 over the largest curvature."""
     n, task = len(problem.X), task_of(problem)
@@ -276,6 +318,34 @@ def localized(problem: Problem) -> uw.BIF:
     gamma = BEST[problem.name] * n
     return uw.BIF(1.0 / (n * largest + gamma), gamma, thinning=3)
 
+
+FEATURES: Mapping[str, str | None] = {
+    "digits-softmax": None,
+    "digits-mlp": "3",
+    "digits-cnn": "6",
+    "diabetes-mlp": "1",
+    "spam-mlp": "3",
+    "brown-gpt": "norm",
+}
+"""The module before the last layer; None: the inputs."""
+
+
+def neighbours(problem: Problem) -> uw.KNNShapley:
+    target = "number" if problem.kind == "number" else "class"
+    return uw.KNNShapley(5, layer=FEATURES[problem.name], target=target)
+
+
+BASELINES = (
+    baseline("kNN-Shapley", neighbours, "KNNShapley(5), features before the last layer", no_text),
+    baseline(
+        "feature similarity",
+        lambda problem: uw.FeatureSimilarity(FEATURES[problem.name]),
+        "FeatureSimilarity, features before the last layer",
+    ),
+    baseline("BM25", lambda problem: uw.BM25(), "BM25() of bytes", only_text),
+    baseline("training loss", lambda problem: uw.TrainingLoss(), "TrainingLoss()"),
+    baseline("random", lambda problem: uw.Random(), "Random()"),
+)
 
 OURS = (
     ours(
@@ -326,21 +396,33 @@ OURS = (
         trained_by_sgd,
     ),
     ours("gradient dot", lambda problem: uw.GradientDot(), "GradientDot()"),
+    ours(
+        "gradient cosine",
+        lambda problem: uw.GradientCosine(),
+        "GradientCosine()",
+        detects=lambda problem: False,
+        calibrated=False,
+    ),
     ours("TracIn", lambda problem: uw.TracIn(5), "TracIn(5), of the recipe", trained_in_steps),
-    *(
-        ours(
-            f"SOURCE, {count} segments",
-            lambda problem, count=count: uw.SOURCE(count),
-            f"SOURCE({count}), EKFAC(), of the recipe",
-            trained_in_steps,
-        )
-        for count in (3, 6)
+    ours(
+        "SOURCE, 3 segments",
+        lambda problem: uw.SOURCE(3),
+        "SOURCE(3), EKFAC(), of the recipe",
+        trained_in_steps,
     ),
     ours(
         "SOURCE and GGN",
         lambda problem: uw.Averaged((uw.SOURCE(3), roughly(problem))),
         "Averaged: SOURCE(3), and GGN(), CG(rtol=0.1, preconditioner=EKFAC()), λ of the front door",
-        lambda problem: trained_in_steps(problem) or only_networks(problem),
+        trained_in_steps,
+        lambda problem: False,
+    ),
+    ours(
+        "SOURCE and GGN, λ of training",
+        lambda problem: uw.Averaged((uw.SOURCE(3), resolved(problem))),
+        "Averaged: SOURCE(3), and GGN(), CG(rtol=0.1, preconditioner=EKFAC()), "
+        "λ = 1/(step size × steps)",
+        trained_by_sgd,
         lambda problem: False,
     ),
     ours(
@@ -393,10 +475,13 @@ OURS = (
         calibrated=False,
     ),
     ours(
-        "TRAK, λ = 0",
-        lambda problem: uw.TRAK(dim=2048, damping=0.0),
-        "TRAK(dim=2048), no damping",
+        "representer points",
+        lambda problem: uw.RepresenterPoints(),
+        "RepresenterPoints()",
+        penalized,
+        lambda problem: False,
         calibrated=False,
     ),
+    *BASELINES,
     Contender("loss", Ranking, "none", "the training loss", predicts=False),
 )

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -507,11 +508,80 @@ class Traker(Method):
         return self._of("self", self.problem.X, self.problem.y).diagonal()
 
 
+# -- bergson ---------------------------------------------------------------------------------------
+
+
+class AsPretrained(nn.Module):
+    """What bergson asks of a language model: logits at every byte, also at the last."""
+
+    dtype = torch.float32
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.model, self.device = problem.model, torch.device("cpu")
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.model(x[:, :-1])
+        return SimpleNamespace(logits=nn.functional.pad(logits, (0, 0, 0, 1)))
+
+
+class Bergson(Method):
+    """TrackStar: projected gradients, whitened by their second moments and of unit length."""
+
+    BATCH, RANK = 50, 16  # 16 is what its command `trackstar` takes
+
+    def fit(self) -> None:
+        from bergson import Attributor, CollectorComputer, GradientProcessor, IndexConfig
+        from bergson.collection import collect_gradients
+        from bergson.hessians.autocorrelation import AutocorrelationCollector
+        from datasets import Dataset
+
+        logging.disable(logging.WARNING)
+        p = self.problem
+        self.lm = AsPretrained(p)
+        passages = torch.cat([p.X, p.y[:, -1:]], dim=1)
+        data = Dataset.from_dict({"input_ids": passages.tolist()})
+        parts = [part.tolist() for part in torch.arange(len(data)).split(self.BATCH)]
+        # With its default, no column would be left of data that are nothing but tokens.
+        config = IndexConfig(
+            run_path=str(self.folder / "bergson"), projection_dim=self.RANK, drop_columns=False
+        )
+        processor = GradientProcessor(projection_dim=self.RANK)
+        collect_gradients(self.lm, data, processor, config, batches=parts)
+        moments = str(self.folder / "bergson" / "moments")
+        collector = AutocorrelationCollector(
+            model=self.lm,
+            processor=GradientProcessor(projection_dim=self.RANK),
+            data=data,
+            path=moments,
+        )
+        CollectorComputer(
+            self.lm, data, collector=collector, batches=parts, cfg=config
+        ).run_with_collector_hooks()
+        self.attributor = Attributor(config.partial_run_path, unit_norm=True, hessian_path=moments)
+
+    def scores(self, measure: str) -> Tensor:
+        p = self.problem
+        with self.attributor.trace(self.lm, None) as found:
+            passages = torch.cat([p.Xq, p.yq[:, -1:]], dim=1)
+            losses(p.kind, self.lm(passages).logits[:, :-1], p.yq).sum().backward()
+        values = torch.empty(len(p.Xq), len(p.X))
+        return -values.scatter(1, found.indices, found.scores.float()) / len(p.X)
+
+
 # -- who runs on what ------------------------------------------------------------------------------
 
 
 def classes_only(problem: Problem) -> str | None:
     return None if problem.kind == "classes" else "its model output is the margin of one label"
+
+
+def text_only(problem: Problem) -> str | None:
+    return None if problem.kind == "text" else "it is for language models"
 
 
 def pydvl_layers(problem: Problem) -> str | None:
@@ -650,5 +720,16 @@ PEERS = (
         "traker",
         "TRAKer, final model, 512 dimensions (at most n/4), float32",
         calibrated=False,
+    ),
+    Contender(
+        "bergson TrackStar",
+        Bergson,
+        "bergson",
+        "TrackStar: 16 × 16 projections a layer, second moments of the training gradients alone, "
+        "float32, its default damping of 0.1 mean eigenvalues",
+        text_only,
+        loss_only,
+        calibrated=False,
+        detects=never,
     ),
 )

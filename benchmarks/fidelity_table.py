@@ -1,13 +1,14 @@
 """Tables of the benchmark's file: for the docs, and what `uw.plan` quotes.
 
-    python benchmarks/fidelity_table.py        # writes src/upweight/front/fidelity.json
+    python benchmarks/fidelity_table.py        # src/upweight/front/fidelity.json, and the pages
 
 Of `results/fidelity.json` that file keeps the losses of random halves, and the slope of removals,
-of the methods that a plan may choose. `fidelity.py --markdown` and `method_table.py` print from
-here.
+of the methods that a plan may choose. In the pages each table below `<!-- fidelity.py: … -->` is
+written. `fidelity.py --markdown` and `method_table.py` print from here.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "fidelity.json"
 TABLE = HERE.parent / "src" / "upweight" / "front" / "fidelity.json"
+PAGES = tuple(
+    HERE.parent / page
+    for page in ("docs/evaluation.md", "docs/methods/ensemble.md", "benchmarks/README.md")
+)
+PLACE = re.compile(r"(<!-- fidelity\.py: (.+?) -->\n\n)(?:\|.*\n)*")
+"""What a table is of, and the table."""
 
 HALVES = "subsets-0.5"
 """The plan of the table."""
@@ -35,6 +42,8 @@ def cell_of(row: Row | None, column: str, with_interval: bool = False) -> str:
     if row.get("status", "ok") != "ok":
         no_memory = "allocate memory" in row.get("why", "")
         return "memory" if no_memory else SHORT.get(row["status"], row["status"])
+    if column == "cost":
+        return cost(row)
     if column == "AUROC":
         area = row.get("mislabeled", {}).get("auroc")
         return "" if area is None else f"{area[0]:.3f}"
@@ -43,6 +52,20 @@ def cell_of(row: Row | None, column: str, with_interval: bool = False) -> str:
     found = values.get(measure) if measure == "loss" else other_of(values)
     value = (found or {}).get(what)
     return "" if value is None else number(value, with_interval)
+
+
+def cost(row: Row) -> str:
+    """Wall time of fit and scores, and peak memory; * beside other work."""
+    if "seconds" not in row:
+        return ""
+    beside = "*" if row.get("shared") else ""
+    seconds = short(sum(row["seconds"].values()))
+    return f"{seconds} s{beside}, {row['peak_memory_mb']:.0f} MB"
+
+
+def short(x: float) -> str:
+    """To two digits, without an exponent."""
+    return f"{float(f'{x:.2g}'):g}"
 
 
 def number(value: Sequence[float], with_interval: bool) -> str:
@@ -75,11 +98,108 @@ def markdown(report: Row, column: str, labels: Sequence[str]) -> str:
     if column.endswith("lds"):
         tops = (ceiling(task["methods"], column) for task in tasks.values())
         lines.append(["*retraining again*", *tops])
+    if column == "cost":
+        for what in ("epoch", "training"):
+            times = (task.get(f"{what}_seconds") for task in tasks.values())
+            lines.append([f"*one {what}*", *("–" if t is None else f"{short(t)} s" for t in times)])
     for label in labels:
         cells = [cell_of(task["methods"].get(label), column) for task in tasks.values()]
         if any(cell not in ("", "–", "not run") for cell in cells):
             lines.append([label, *cells])
     return in_lines(lines)
+
+
+STACKED = {halves: f"upweight stacked SOURCE, {halves} halves" for halves in (10, 16, 40)}
+WANTED = 0.9
+"""Of the ceiling, with the slope of removals within `SIZED`."""
+WANTED_OF = {"spam-mlp": 0.7}
+SIZED = (0.8, 1.25)
+
+
+def stacked(report: Row) -> str:
+    """The stacks over halves: what they rank, and their whole time beside the trainings in it."""
+    head = ["task", "halves", "trainings", "whole time, ≈ trainings", "LDS", "of the ceiling"]
+    lines = [[*head, "slope of removals"], ["---"] * (len(head) + 1)]
+    for name, task in report["tasks"].items():
+        rows = {h: task["methods"].get(label, {}) for h, label in STACKED.items()}
+        rows = {h: row for h, row in rows.items() if row.get("status") == "ok"}
+        first = next((h for h, row in rows.items() if reached(name, row)), None)
+        for halves, row in rows.items():
+            lds, top = row[HALVES]["loss"]["lds"], row[HALVES]["loss"]["ceiling"]
+            slope = row["removals"]["loss"]["slope"]
+            found = [name, str(halves), f"{halves / 2:g}", whole(task, rows, halves)]
+            shares = [x / top[0] for x in lds]
+            found += [within(lds), f"{within(shares, 3)} of {top[0]:.2f}", within(slope)]
+            lines.append([f"**{cell}**" if halves == first else cell for cell in found])
+    return in_lines(lines)
+
+
+def reached(name: str, row: Row) -> bool:
+    lds, top = row[HALVES]["loss"]["lds"][0], row[HALVES]["loss"]["ceiling"][0]
+    slope = row["removals"]["loss"]["slope"][0]
+    return bool(lds >= WANTED_OF.get(name, WANTED) * top and SIZED[0] <= slope <= SIZED[1])
+
+
+def whole(task: Row, rows: dict[int, Row], halves: int) -> str:
+    """In trainings of the model: as many halves at the least that one took in any row of the task.
+
+    In plain epochs, which were timed beside the row or the training: other work slows both.
+    """
+    least = min(row["plain_epochs"] / h for h, row in rows.items())
+    return short(halves * least * task["epoch_seconds"] / task["training_seconds"])
+
+
+def within(value: Sequence[float], digits: int = 2) -> str:
+    """A number and its interval on one line."""
+    x, low, high = (f"{y:.{digits}f}" for y in value)
+    return f"{x} [{low}, {high}]"
+
+
+DAMPED = (
+    ("GGN, λ = 1/(step size × steps)", "upweight GGN, λ of training"),
+    ("GGN, λ = 0.02 for each label", "upweight GGN, usual λ"),
+    ("mean, λ = 1/(step size × steps)", "upweight SOURCE and GGN, λ of training"),
+    ("mean, λ = 0.02 for each label", "upweight SOURCE and GGN"),
+)
+
+
+def damped(report: Row) -> str:
+    """The two λ of the GGN, by itself and in the mean with SOURCE: LDS, and slope of removals."""
+    tasks = {
+        name: task["methods"]
+        for name, task in report["tasks"].items()
+        if "slope" in task["methods"][DAMPED[0][1]].get("removals", {}).get("loss", {})
+    }
+    lines = [["", *tasks], ["---"] * (len(tasks) + 1)]
+    for words, label in DAMPED:
+        rows = [methods.get(label, {}) for methods in tasks.values()]
+        lines.append([words, *map(rank_and_size, rows)])
+    return in_lines(lines)
+
+
+def rank_and_size(row: Row) -> str:
+    if row.get("status") != "ok":
+        return "not run"
+    return f"{row[HALVES]['loss']['lds'][0]:.2f}, {row['removals']['loss']['slope'][0]:.2f}"
+
+
+def written(page: str, report: Row, labels: Sequence[str]) -> str:
+    """The page with its tables as they are in the result."""
+
+    def anew(found: re.Match[str]) -> str:
+        of = {"stacked": stacked, "dampings": damped}.get(found[2])
+        made = of(report) if of else markdown(report, found[2], labels)
+        return f"{found[1]}{made}\n"
+
+    return PLACE.sub(anew, page)
+
+
+def contenders() -> list[str]:
+    """Ours first, in the order of the tables."""
+    import fidelity_ours
+    import fidelity_peers
+
+    return [each.name for each in (*fidelity_ours.OURS, *fidelity_peers.PEERS)]
 
 
 def in_lines(rows: Sequence[Sequence[str]]) -> str:
@@ -139,4 +259,8 @@ def text(results: Row) -> str:
 
 
 if __name__ == "__main__":
-    TABLE.write_text(text(json.loads(RESULTS.read_text())))
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    TABLE.write_text(text(found), encoding="utf-8")
+    for file in PAGES:
+        page = file.read_text(encoding="utf-8")
+        file.write_text(written(page, found, contenders()), encoding="utf-8")

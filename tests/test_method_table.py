@@ -53,9 +53,38 @@ def test_no_contender_of_ours_is_left_out_of_the_table(made):
     contenders = importlib.import_module("fidelity_ours").OURS
     known = {f"upweight {label}" for words in table.WORDS.values() for label in words.measured}
     assert known == {each.name for each in contenders if each.predicts and each.name != "loss"}
+    lines = table.fidelity_rows(results, dict.fromkeys(table.WORDS, ""))
+    assert all(set(cells) - {"–"} for _, _, *cells in lines)  # no row of dashes alone
     held = {m for task in results["tasks"].values() for m in task["methods"]}
     assert {m for m in held if m.startswith("upweight ")} <= known
     assert {row.measured_as for row in ROWS} - {""} <= known
+
+
+def test_the_tables_of_the_pages_are_those_of_the_benchmark(made):
+    quoted, _, results = made
+    for file in quoted.PAGES:
+        text = file.read_text(encoding="utf-8")
+        assert quoted.PLACE.search(text)
+        assert text == quoted.written(text, results, quoted.contenders()), "run fidelity_table.py"
+
+
+def test_the_time_of_a_stack_is_that_of_its_attribution_too(made):
+    quoted, _, _ = made
+
+    def row(lds, epochs):
+        ranked = {"lds": [lds, lds - 0.1, lds + 0.1], "ceiling": [0.8, 0.7, 0.9]}
+        return {
+            "status": "ok",
+            "plain_epochs": epochs,
+            "removals": {"loss": {"slope": [1.0, 0.9, 1.1]}},
+            quoted.HALVES: {"loss": ranked},
+        }
+
+    methods = {quoted.STACKED[10]: row(0.6, 300.0), quoted.STACKED[40]: row(0.76, 5000.0)}
+    task = {"epoch_seconds": 0.1, "training_seconds": 2.0, "methods": methods}
+    _, _, ten, forty = quoted.stacked({"tasks": {"a task": task}}).splitlines()
+    assert "| 5 | 15 | 0.60 [0.50, 0.70] | 0.750 [0.625, 0.875] of 0.80 |" in ten
+    assert "| **20** | **60** |" in forty  # the first that reaches 0.9 of the ceiling
 
 
 def test_what_a_plan_quotes_is_that_of_the_benchmark(made):
