@@ -1,6 +1,7 @@
 """Nystrom, Lanczos, Neumann and LiSSA: exact where they say so, honest about the rest."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from upweight.cli.spec import parse
 from upweight.errors import NotConverged, NotPositiveDefinite, SpecError
 from upweight.linalg import (
     CG,
+    MINRES,
     BlockCG,
     Dense,
     DiagonalMatrix,
@@ -73,13 +75,52 @@ def test_without_damping_they_give_the_solution_of_least_norm_of_what_they_kept(
 
 def test_an_approximation_states_its_residual():
     A, b = spectrum(torch.logspace(-3, 0, p).double()), draw(2, p)
-    for solver in (Nystrom(5), Lanczos(5), Neumann(3)):
+    for solver in (Nystrom(15), Lanczos(5), Neumann(3)):
         solution = solve(A, b, solver)
         assert solution.result is Result.APPROXIMATE and not solution.converged
         true = torch.linalg.vector_norm(A.mv(solution.value) - b, dim=1)
         stated = solution.stats.residuals
         torch.testing.assert_close(stated, true / torch.linalg.vector_norm(b, dim=1))
         assert float(stated.min()) > 1e-3
+
+
+@pytest.mark.parametrize("solver", [Nystrom(4), Lanczos(4)], ids=repr)
+def test_a_rank_that_leaves_more_than_zero_does_is_no_answer(solver):
+    """x = b/μ on what is left out: the residual there is λ/μ of it."""
+    A, b = damped(spectrum(torch.linspace(0.5, 1.0, p).double()), 0.01), draw(2, p)
+    with pytest.raises(NotConverged, match=r"(?s)that of x = 0.*raise the rank") as caught:
+        solve(A, b, solver)
+    solution = solve(A, b, solver, throw=False)
+    assert solution.result is Result.DIVERGED and bool(solution.value.isfinite().all())
+    true = torch.linalg.vector_norm(A.mv(solution.value) - b, dim=1)
+    torch.testing.assert_close(solution.stats.residuals, true / torch.linalg.vector_norm(b, dim=1))
+    assert float(solution.stats.residuals.max()) > 1.0
+    # The ways out: more rank, more damping, and a solver that goes on.
+    assert solve(A, b, type(solver)(p)).converged
+    raised = damped(spectrum(torch.linspace(0.5, 1.0, p).double()), 1.0)
+    assert solve(raised, b, solver).result is Result.APPROXIMATE
+    names = {"CG": CG, "MINRES": MINRES, "Nystrom": Nystrom}
+    code = r"or use ((?:CG|MINRES)\((?:preconditioner=Nystrom\([^)]*\))?\))"
+    instead = re.search(code, str(caught.value))
+    assert solve(A, b, eval(instead[1], names)).converged
+
+
+def test_noise_that_leaves_more_than_zero_does_is_no_answer():
+    A, b = finite_sum(shift=1e-3), draw(2, p)
+    noisy = LiSSA(batch=1, depth=2000, scale=20.0, repeats=2)
+    solution = solve(A, b, noisy, throw=False)
+    assert float(solution.stats.residuals.max()) > 1.0 and solution.result is Result.DIVERGED
+    with pytest.raises(NotConverged, match="raise batch or repeats"):
+        solution.throw()
+    assert solve(A, b, LiSSA(batch=25, depth=2000, repeats=8)).result is Result.APPROXIMATE
+
+
+def test_no_answer_where_nothing_of_b_was_seen_is_one_of_residual_1():
+    """x = 0 is not held for a divergence by rounding."""
+    values = torch.cat([torch.ones(3), torch.zeros(p - 3)]).double()
+    A, b = Dense(torch.diag(values), SYMMETRIC), torch.zeros(p).double()
+    b[3:] = draw(p - 3)
+    assert solve(A, b, Lanczos(3)).result is Result.APPROXIMATE
 
 
 def test_lanczos_keeps_both_ends():

@@ -145,6 +145,24 @@ def test_each_member_has_its_own_run(method, fraction):
         torch.testing.assert_close(given.attribute(QUERIES).values, found.values)
 
 
+def test_magic_is_averaged_over_runs_of_other_seeds():
+    recipe = uw.Training(net, uw.SGD(0.1), epochs=2, batch=4)
+    found = uw.Ensemble(uw.MAGIC(), 3).fit(TASK, (X, Y), history=recipe).attribute(QUERIES)
+    rows, runs = [], []
+    for k in range(3):
+        run = replace(recipe, seed=1_000 + k).trajectory(TASK, (X, Y))
+        member = uw.MAGIC().fit(TASK.moved_to(run.theta), (X, Y), history=run)
+        rows.append(member.attribute(QUERIES).values)
+        runs.append(run)
+    each = torch.stack(rows)
+    torch.testing.assert_close(found.values, each.mean(dim=0), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(found.error, each.std(dim=0) / 3**0.5, rtol=1e-8, atol=1e-14)
+    given = uw.Ensemble(uw.MAGIC()).fit(TASK, (X, Y), history=runs).attribute(QUERIES)
+    torch.testing.assert_close(given.values, found.values, rtol=1e-10, atol=1e-14)
+    with pytest.raises(SpecError, match="derivatives at w = 1"):
+        uw.Ensemble(uw.MAGIC(), 2, 0.5).fit(TASK, (X, Y), history=recipe)
+
+
 def test_stacked_weighs_runs_of_the_subset_models():
     """One predictor has one coefficient: scores are a multiple of a mean over the members."""
     recipe = uw.Training(net, uw.SGD(0.1), epochs=2, batch=4, skip_absent=True)

@@ -259,3 +259,23 @@ def test_bm25_is_its_formula():
         uw.BM25().fit(task(), data())
     with pytest.raises(SpecError, match="0 ≤ b ≤ 1"):
         uw.BM25(b=2.0)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (4.0, 1.0)])
+def test_orders_have_a_standard_error(alpha, beta):
+    """It is that of the mean over orders, holds the value over all of them, and falls as 1/√r."""
+    train, queries = data(6), data(3, seed=1)
+    given, recipe = softmax(train), uw.training.Newton()
+
+    def asked(orders, seed=0):
+        method = uw.DataShapley(orders, alpha, beta, seed=seed)
+        return method.fit(given, train, history=recipe).attribute(queries)
+
+    exact = asked(None)
+    assert exact.error is None and asked(1).error is None
+    some = [asked(60, seed=k) for k in range(6)]
+    off = torch.stack([(x.values - exact.values) / x.error for x in some]).abs()
+    assert float((off < 2.5).double().mean()) >= 0.95  # 108 of them
+    assert 0.7 < float(off.square().mean().sqrt()) < 1.3
+    ratio = asked(60).error / asked(240).error
+    assert float(ratio.mean()) == pytest.approx(2.0, rel=0.15)

@@ -1,9 +1,15 @@
 """Losses of torch.nn, translated: values, gradients and curvatures are PyTorch's own."""
 
+import functools
+import itertools
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.func import jacrev
+from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
 from torch.testing import assert_close
 
 import upweight as uw
@@ -12,7 +18,7 @@ from upweight.cli.spec import parse
 from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel
 from upweight.task.draws import Draws
 from upweight.task.losses import CustomLoss, Loss
-from upweight.task.torch_losses import Rescaled, as_loss, draws_labels, reduction_note
+from upweight.task.torch_losses import TRANSLATIONS, Rescaled, as_loss, draws_labels, reduction_note
 
 
 def hessian(f):
@@ -151,35 +157,286 @@ def test_log_probabilities_are_cross_entropy_of_the_logits():
         ours.check(F3, Y3)
 
 
-@pytest.mark.parametrize(
-    ("loss", "way_out"),
-    [
-        (nn.BCELoss(), "BCEWithLogitsLoss"),
-        (nn.BCELoss(reduction="none"), r"\.logit\(\)"),
-        (nn.GaussianNLLLoss(), "gaussian_nll_loss"),
-        (nn.PoissonNLLLoss(log_input=False), r"\.log\(\)"),
-        (nn.KLDivLoss(), "F.kl_div"),
-        (nn.CTCLoss(reduction="sum"), "F.ctc_loss"),
-        (nn.BCEWithLogitsLoss(weight=torch.ones(3, 2)), "Weighted"),
-    ],
-    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "",
-)
-def test_what_has_no_translation_is_refused_with_a_way_out(loss, way_out):
-    with pytest.raises(UnsupportedModel, match=way_out):
+X1, X2, X3 = (draw(g(20 + k), 8, 3) for k in range(3))
+SIGNS, SIGN = 2 * labels(g(24), 16, 2).double().reshape(8, 2) - 1, torch.tensor([1, -1] * 4)
+ANSWERS, CLASSES = labels(g(25), 24, 2).double().reshape(8, 3), labels(g(26), 8, 3)
+RANKED = torch.tensor([[0, 2, -1], [1, -1, 0]]).repeat(4, 1)
+LINE = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
+TIMES = nn.Sequential(nn.Linear(3, 12), nn.Unflatten(1, (4, 3)), nn.LogSoftmax(2)).double()
+SPOKEN = (torch.tensor([[1, 2], [1, 1]] * 4), torch.full((8,), 4), torch.tensor([2, 1] * 4))
+
+
+def affine(*shape):
+    torch.manual_seed(sum(shape))
+    return nn.Linear(*shape).double()
+
+
+class MeanAndVariance(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.log = affine(3, 2), affine(3, 2)
+
+    def forward(self, x):
+        return self.mean(x), self.log(x).exp()
+
+
+def outputs(values, reduction):
+    """The loss of an example from those of its outputs."""
+    values = values.reshape(len(values), -1)
+    return values.mean(1) if reduction == "mean" else values.sum(1)
+
+
+def ctc(log_p, labels, times, counts):
+    """−log Σ_π Π_t p_t(π_t) over all paths π that say the labels, one by one."""
+    found = []
+    for row, said, t, count in zip(log_p, labels, times, counts, strict=True):
+        words = said[:count].tolist()
+        paths = itertools.product(range(row.shape[1]), repeat=int(t))
+        kept = [p for p in paths if [c for c, _ in itertools.groupby(p) if c] == words]
+        found.append(-torch.stack([row[range(t), p].sum() for p in kept]).logsumexp(0))
+    return torch.stack(found)
+
+
+def multi_margin(f, y, p, margin, weight):
+    right = f.gather(1, y[:, None])
+    others = torch.ones_like(f).scatter(1, y[:, None], 0.0)
+    return weight[y] * (others * (margin - right + f).relu() ** p).mean(1)
+
+
+def multilabel_margin(f, y):
+    found = []
+    for row, given in zip(f, y.tolist(), strict=True):
+        named = list(itertools.takewhile(lambda c: c >= 0, given))
+        others = [c for c in range(len(row)) if c not in named]
+        found.append(sum((1 - (row[c] - row[o])).relu() for c in named for o in others) / len(row))
+    return torch.stack(found)
+
+
+def triplets(m, a, b, c, power, margin):
+    near, far = (((m(a) - m(x) + 1e-6).abs() ** power).sum(1) ** (1 / power) for x in (b, c))
+    return (near - far + margin).relu()
+
+
+def mean_of_labels(values, counts, reduction):
+    return values / counts if reduction == "mean" else values
+
+
+def set_reduction(loss, reduction):
+    loss.reduction = reduction
+    return loss
+
+
+def binary(f, y, positive=1.0):
+    return -(positive * y * F.logsigmoid(f) + (1 - y) * F.logsigmoid(-f))
+
+
+def taxicab(a, b):
+    return (a - b).abs().sum(1)
+
+
+YES8, V8 = labels(g(27), 16, 2).double().reshape(8, 2), draw(g(28), 8, 2).exp()
+WAYS = {
+    "BCELoss": (
+        lambda r: nn.BCELoss(weight=W3, reduction=r),
+        nn.Sequential(affine(3, 3), nn.Sigmoid()),
+        (X1, ANSWERS),
+        lambda m, b, r: outputs(-W3 * (b[1] * m(b[0]).log() + (1 - b[1]) * (1 - m(b[0])).log()), r),
+    ),
+    "GaussianNLLLoss": (
+        lambda r: nn.GaussianNLLLoss(full=True, reduction=r),
+        MeanAndVariance(),
+        (X1, SIGNS),
+        lambda m, b, r: outputs(
+            -torch.distributions.Normal(m(b[0])[0], m(b[0])[1].sqrt()).log_prob(b[1]), r
+        ),
+    ),
+    "PoissonNLLLoss of rates": (
+        lambda r: nn.PoissonNLLLoss(log_input=False, eps=0.0, reduction=r),
+        nn.Sequential(affine(3, 3), nn.Softplus()),
+        (X1, ANSWERS),
+        lambda m, b, r: outputs(m(b[0]) - b[1] * m(b[0]).log(), r),
+    ),
+    "KLDivLoss": (
+        lambda r: nn.KLDivLoss(log_target=True, reduction=r),
+        nn.Sequential(affine(3, 3), nn.LogSoftmax(1)),
+        (X1, X2.log_softmax(1)),
+        lambda m, b, r: outputs(b[1].exp() * (b[1] - m(b[0])), r),
+    ),
+    "SoftMarginLoss": (
+        lambda r: nn.SoftMarginLoss(reduction=r),
+        affine(3, 2),
+        (X1, SIGNS),
+        lambda m, b, r: outputs((-b[1] * m(b[0])).exp().log1p(), r),
+    ),
+    "SoftMarginLoss of one output": (
+        lambda r: nn.SoftMarginLoss(reduction=r),
+        LINE,
+        (X1, SIGN),
+        lambda m, b, r: (-b[1] * m(b[0])).exp().log1p(),
+    ),
+    "HingeEmbeddingLoss": (
+        lambda r: nn.HingeEmbeddingLoss(margin=0.8, reduction=r),
+        affine(3, 2),
+        (X1, SIGNS),
+        lambda m, b, r: outputs(torch.where(b[1] > 0, m(b[0]), (0.8 - m(b[0])).relu()), r),
+    ),
+    "MultiMarginLoss": (
+        lambda r: nn.MultiMarginLoss(p=2, margin=0.7, weight=W3, reduction=r),
+        affine(3, 3),
+        (X1, CLASSES),
+        lambda m, b, r: multi_margin(m(b[0]), b[1], 2, 0.7, W3),
+    ),
+    "MultiLabelMarginLoss": (
+        lambda r: nn.MultiLabelMarginLoss(reduction=r),
+        affine(3, 3),
+        (X1, RANKED),
+        lambda m, b, r: multilabel_margin(m(b[0]), b[1]),
+    ),
+    "CTCLoss": (
+        lambda r: nn.CTCLoss(reduction=r),
+        TIMES,
+        (X1, SPOKEN),
+        lambda m, b, r: mean_of_labels(ctc(m(b[0]), *b[1]), b[1][2], r),
+    ),
+    "CosineEmbeddingLoss": (
+        lambda r: nn.CosineEmbeddingLoss(margin=-0.9, reduction=r),
+        affine(3, 2),
+        (X1, X2, SIGN),
+        lambda m, b, r: torch.where(
+            b[2] > 0,
+            1 - torch.cosine_similarity(m(b[0]), m(b[1])),
+            (torch.cosine_similarity(m(b[0]), m(b[1])) + 0.9).relu(),
+        ),
+    ),
+    "MarginRankingLoss": (
+        lambda r: nn.MarginRankingLoss(margin=2.0, reduction=r),
+        affine(3, 2),
+        (X1, X2, SIGNS),
+        lambda m, b, r: outputs((2.0 - b[2] * (m(b[0]) - m(b[1]))).relu(), r),
+    ),
+    "TripletMarginLoss": (
+        lambda r: nn.TripletMarginLoss(margin=2.5, p=3, reduction=r),
+        affine(3, 2),
+        (X1, X2, X3),
+        lambda m, b, r: triplets(m, *b, 3, 2.5),
+    ),
+    "TripletMarginWithDistanceLoss": (
+        lambda r: nn.TripletMarginWithDistanceLoss(distance_function=taxicab, reduction=r),
+        affine(3, 2),
+        (X1, X2, X3),
+        lambda m, b, r: (taxicab(m(b[0]), m(b[1])) - taxicab(m(b[0]), m(b[2])) + 1).relu(),
+    ),
+    "BCEWithLogitsLoss with a weight for each output": (
+        lambda r: nn.BCEWithLogitsLoss(weight=V8, reduction=r),
+        affine(3, 2),
+        (X1, (YES8, V8)),
+        lambda m, b, r: outputs(b[1][1] * binary(m(b[0]), b[1][0]), r),
+    ),
+    "BCEWithLogitsLoss with a weight for each example": (
+        lambda r: nn.BCEWithLogitsLoss(weight=V8[:, :1], pos_weight=W2, reduction=r),
+        affine(3, 2),
+        (X1, (YES8, V8[:, 0])),
+        lambda m, b, r: b[1][1] * outputs(binary(m(b[0]), b[1][0], W2), r),
+    ),
+}
+if hasattr(nn, "LinearCrossEntropyLoss"):  # from PyTorch 2.13 on
+    LAST = nn.LinearCrossEntropyLoss(3, 3, out_features=(2,), weight=W3, dtype=torch.float64)
+    CLASSES2 = labels(g(29), 16, 3).reshape(8, 2)
+    WAYS["LinearCrossEntropyLoss"] = (
+        lambda r: set_reduction(LAST, r),
+        affine(3, 3),
+        (X1, CLASSES2),
+        lambda m, b, r: -(W3[b[1]] * m(b[0]).log_softmax(1).gather(1, b[1][:, None])[:, 0]).sum(1),
+    )
+
+
+def losses_of_torch(kind=_Loss):
+    """Every loss of torch.nn there is in the PyTorch that is installed."""
+    for found in kind.__subclasses__():
+        if found.__module__.startswith("torch.nn") and not found.__name__.startswith("_"):
+            yield found.__name__
+        yield from losses_of_torch(found)
+
+
+def test_every_loss_of_torch_is_translated_or_has_a_way_out():
+    names = set(losses_of_torch())
+    assert {"CTCLoss", "NLLLoss2d", "TripletMarginWithDistanceLoss"} <= names
+    kinds = {kind.__name__ for kind in TRANSLATIONS}
+    assert names - kinds == set(WAYS) & names
+    assert {name.partition(" ")[0] for name in WAYS} <= names
+
+
+def way_out_of(loss):
+    with pytest.raises(UnsupportedModel) as refused:
         uw.Task(nn.Linear(2, 2), loss)
+    return str(refused.value).partition("Way out: ")[2]
 
 
-def test_the_ways_out_of_probabilities_rates_and_variances_are_the_same_functions():
-    x, y = draw(g(1), 5, 2), YES[:5]
-    inner = nn.Linear(2, 2).double()
-    sigmoid = nn.Sequential(inner, nn.Sigmoid())
-    way = uw.Task(sigmoid, uw.Bernoulli(), forward=lambda m, b: (m(b[0]).logit(), b[1]))
-    theirs = nn.BCELoss(reduction="none")(sigmoid(x), y).sum(dim=1)
-    assert_close(way.losses(way.theta(), (x, y)), theirs, rtol=1e-10, atol=1e-12)
-    rate = lambda m, b: (m(b[0]).exp().log(), b[1])  # noqa: E731
-    way = uw.Task(inner, uw.Poisson(), forward=rate)
-    own = nn.PoissonNLLLoss(log_input=False, reduction="none")(inner(x).exp(), y).sum(dim=1)
-    assert_close(way.losses(way.theta(), (x, y)), own, rtol=1e-6, atol=1e-6)
+def task_in(text):
+    """The code of a way out: from "Task(" to the parenthesis that closes it."""
+    start = text.index("Task(")
+    depth = 0
+    for end in range(start, len(text)):
+        depth += (text[end] == "(") - (text[end] == ")")
+        if depth == 0 and text[end] == ")":
+            return text[start : end + 1]
+    raise AssertionError(text)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", WAYS)
+def test_the_way_out_of_a_refused_loss_has_the_scores_of_the_loss_by_hand(name, reduction):
+    make, model, data, hand = WAYS[name]
+    loss = make(reduction)
+    text = way_out_of(loss)
+    names = {"torch": torch, "upweight": uw, "Task": uw.Task, "model": model}
+    if "`loss` is the one given" in text:
+        names["loss"] = loss
+    task = eval(task_in(text), names)
+    given = data
+    if said := re.search(r"with data (\(X, \(y, v[^)]*\)\))", text):
+        given = eval(said[1], {"X": data[0], "y": data[1][0], "v": data[1][1]})
+    reference = uw.Task(
+        task.model, lambda f, y: f, forward=lambda m, b: (hand(m, b, reduction), None)
+    )
+    method = uw.GradientDot()
+    found = uw.attribute(task, given, given, method=method).values
+    expected = uw.attribute(reference, data, data, method=method).values
+    assert found.isfinite().all() and found.abs().max() > 1e-3
+    assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    if reduction == "mean":  # as users call it, the method chosen
+        assert uw.attribute(task, given, given).values.isfinite().all()
+
+
+def test_a_function_of_torch_has_the_way_out_of_its_class():
+    by_class = way_out_of(nn.TripletMarginLoss(margin=2.0))
+    assert way_out_of(functools.partial(F.triplet_margin_loss, margin=2.0)) == by_class
+    assert way_out_of(F.ctc_loss) == way_out_of(nn.CTCLoss())
+    unreduced = functools.partial(F.multi_margin_loss, reduction="none")
+    assert_close(as_loss(unreduced)(F3, Y3), unreduced(F3, Y3))
+
+
+def test_losses_of_several_outputs_are_refused_unreduced_as_well():
+    for kind in (nn.TripletMarginLoss, nn.CosineEmbeddingLoss, nn.CTCLoss, nn.MarginRankingLoss):
+        assert "Task(model, lambda" in way_out_of(kind(reduction="none"))
+
+
+def plain(f, y):
+    return F.softplus(-y * f)
+
+
+def by_batch(f, y):  # has no rule for vmap
+    return plain(f, y) if bool((y.abs() == 1).all()) else f
+
+
+@pytest.mark.parametrize("function", [plain, by_batch])
+def test_a_custom_loss_of_one_output_without_an_axis_has_its_derivatives(function):
+    f, y, loss = F2[:, 0], SIGN[:6].double(), CustomLoss(function)
+    p = (-y * f).sigmoid()
+    assert_close(loss.gradient(f, y), (-y * p)[:, None])
+    assert_close(loss.hessian(f, y), (p * (1 - p))[:, None, None])
+    u = torch.ones(2, 6, 1).double()
+    assert_close(loss.hessian_product(f, y, u), (p * (1 - p))[None, :, None].expand(2, -1, -1))
 
 
 def test_subclasses_and_unreduced_losses_without_a_translation_stay_functions():

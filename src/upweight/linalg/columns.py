@@ -65,14 +65,20 @@ class Columns:
         return min(most, math.ceil(steps * math.log(self.rtol) / math.log(worst)))
 
     def close(self, rows: Int[Tensor, " r"], x: Float[Tensor, "r p"], result: Result) -> None:
-        """End these rows at x, a solution for `units`; converged only if its residual says so."""
+        """End these rows at x, a solution for `units`; converged only if its residual says so.
+
+        APPROXIMATE becomes DIVERGED where the residual is above that of x = 0.
+        """
         if len(rows) == 0 or result is Result.NON_FINITE:
             return self.close_without_answer(rows, result)
         r = self.units[rows] - self.A.mv(x)
         residuals = torch.linalg.vector_norm(r, dim=1)
         self._keep(rows, x, residuals)
         for row, residual in zip(rows.tolist(), residuals.tolist(), strict=True):
-            self.results[row] = Result.CONVERGED if residual <= self.rtol else result
+            # An approximation with more residual than x = 0 has, past rounding, is no answer.
+            grown = result is Result.APPROXIMATE and residual > 1.0 + self.rtol
+            ended = Result.DIVERGED if grown else result
+            self.results[row] = Result.CONVERGED if residual <= self.rtol else ended
         finite = residuals.isfinite() & self.x[rows].isfinite().all(1)
         self.close_without_answer(rows[~finite], Result.NON_FINITE)
 

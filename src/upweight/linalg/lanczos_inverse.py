@@ -41,7 +41,8 @@ class Lanczos(Solver[LowRankState]):
     kept direction over the largest |θ|.
 
     The result is CONVERGED where the residual of A itself is within what CG reaches (1e-6 in
-    float64, 1e-4 in float32), and else APPROXIMATE: no residual is promised.
+    float64, 1e-4 in float32), and else APPROXIMATE: no residual is promised. Above 1,
+    the residual of x = 0, it is DIVERGED: the rank leaves out eigenvalues far above μ.
 
     Exact when: rank ≥ the rank of A − μI. A may be indefinite.
     Cost: `steps` products with A one after the other, O(p · steps²), and steps · p numbers; then a

@@ -69,7 +69,8 @@ class LiSSA(Solver[LiSSAState]):
 
     The result is CONVERGED where the residual is within what CG reaches, and else APPROXIMATE: no
     residual is promised, since noise along the largest eigenvalues counts most in it. DIVERGED
-    where ‖x_t‖ grows beyond what a contraction allows; x is then what was reached before.
+    where the residual is above that of x = 0, or ‖x_t‖ grows beyond what a contraction allows; x is
+    then what was reached before.
 
     An operator without examples to draw from, or with no more than `batch`, is multiplied in full;
     then there is nothing to repeat, and the standard error is 0.

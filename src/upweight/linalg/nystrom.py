@@ -37,7 +37,8 @@ class Nystrom(Solver[LowRankState]):
     smallest eigenvalue kept (Frangella et al. 2023, Eq. 1.3, times 1/(λ_k + μ)).
 
     The result is CONVERGED where the residual of A itself is within what CG reaches (1e-6 in
-    float64, 1e-4 in float32), and else APPROXIMATE: no residual is promised. It is
+    float64, 1e-4 in float32), and else APPROXIMATE: no residual is promised. Above 1,
+    the residual of x = 0, it is DIVERGED: the rank leaves out eigenvalues far above μ. It is
     NEGATIVE_CURVATURE where A − μI is seen not to be positive semi-definite.
 
     Exact when: rank ≥ the rank of A − μI. In expectation ‖A − Â‖ is at most of the order of the

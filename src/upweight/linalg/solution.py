@@ -9,7 +9,8 @@ mistaken for one; an iterative solver that stopped early returns what it had rea
 
 Some solvers promise no tolerance: a low-rank inverse, a series cut off after so many terms, an
 average over minibatches. Where their residual is above what other solvers reach, the result is
-APPROXIMATE: an answer, with the residual that it leaves.
+APPROXIMATE: an answer, with the residual that it leaves. Where that is above 1, x = 0 leaves less:
+the result is DIVERGED, and no answer.
 """
 
 import enum
@@ -32,7 +33,7 @@ class Result(enum.Enum):
     SINGULAR = "The operator is numerically singular: A x = b has no unique solution."
     NEGATIVE_CURVATURE = "A direction v with vᵀAv < 0 was met: the operator is indefinite."
     NOT_POSITIVE_DEFINITE = "The factorization needs a positive definite operator."
-    DIVERGED = "The iteration moved away from the solution: ‖b − Ax‖ grew."
+    DIVERGED = "Moved away from the solution: ‖b − Ax‖ grew, or is above ‖b‖, that of x = 0."
     NON_FINITE = "The operator or the right-hand side has a NaN or an infinity."
 
     @property
@@ -149,6 +150,17 @@ def _stagnated(stats: SolverStats) -> tuple[str, str, str, str]:
 
 
 def _diverged(stats: SolverStats) -> tuple[str, str, str, str]:
+    if stats.solver.startswith(("Nystrom", "Lanczos")):
+        instead = "CG(), or MINRES() where A is indefinite"
+        if stats.solver.startswith("Nystrom"):
+            instead = f"CG(preconditioner={stats.solver}), which goes on from there to its rtol"
+        return (
+            "A low-rank inverse is an answer where it leaves a residual of at most 1, that of "
+            "x = 0.",
+            _worst(stats),
+            "eigenvalues that the rank leaves out and that are far above damping and penalty.",
+            f"raise the rank or the damping, or use {instead}.",
+        )
     radius, smallest = stats.extra.get("spectral_radius"), stats.extra.get("smallest_eigenvalue")
     said = "" if radius is None else f" The spectral radius of I − ωPA is {radius:.4g} or more."
     if smallest is not None and smallest < 0:
@@ -159,6 +171,9 @@ def _diverged(stats: SolverStats) -> tuple[str, str, str, str]:
             "leave the step or scale out, so that it is chosen from the spectrum; or use CG(), "
             "which chooses every step."
         )
+        if stats.extra.get("standard_error", 0.0) > 0:
+            cause = f"{cause[:-1]}; or the noise of minibatches."
+            way_out = f"{way_out[:-1]}; against noise raise batch or repeats."
     return (
         "x ← x + ωP(b − Ax) converges where the spectral radius of I − ωPA is below 1.",
         _worst(stats) + said,

@@ -39,9 +39,10 @@ class Ensemble(Method):
     Which models, `fit(..., history=...)` says: a recipe, from which `members` models are trained
     with other seeds; the `SubsetModels` of `upweight.training.subset_models`; a list of models,
     state dicts or vectors θ [p] in `task.layout`; or a `Trajectory`, whose kept states after the
-    first are the members. Of a method that looks at training itself (`TracIn`, `SOURCE`) each
-    member has its own run: of a recipe, or a list of runs. The scores have their standard error,
-    `scores.error`: of the mean over members, taken as drawn at random.
+    first are the members. Of a method that looks at training itself (`TracIn`, `SOURCE`, `MAGIC`)
+    each member has its own run: of a recipe, or a list of runs; for `MAGIC`, whose scores are
+    derivatives at w = 1, of all of the data. The scores have their standard error, `scores.error`:
+    of the mean over members, taken as drawn at random.
 
     Args:
         method: What is averaged.

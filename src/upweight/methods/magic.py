@@ -79,6 +79,7 @@ class MAGIC(Method):
     curvature: Hessian | GGN = field(default_factory=Hessian)
 
     takes_history = True
+    takes_run = True
     unit = Unit.DERIVATIVE
 
     def __post_init__(self) -> None:

@@ -388,7 +388,7 @@ class Known(Job):
 
 @dataclass(frozen=True, eq=False)
 class _Blocks(Job):
-    score: Callable[[int, int], Tensor]
+    score: Callable[[int, int], Tensor | tuple[Tensor, Tensor]]
     size: int
     at_once: int
     first: int = 0
@@ -398,7 +398,13 @@ class _Blocks(Job):
         return self.size
 
     def block(self, start: int, stop: int) -> Float[Tensor, "q b"]:
-        return self.score(start, stop)
+        return self.block_with_error(start, stop)[0]
+
+    def block_with_error(
+        self, start: int, stop: int
+    ) -> tuple[Float[Tensor, "q b"], Float[Tensor, "q b"] | None]:
+        found = self.score(start, stop)
+        return found if isinstance(found, tuple) else (found, None)
 
     @property
     def row_sums(self) -> Float[Tensor, " q"] | None:
@@ -410,14 +416,15 @@ class BlockScorer(Scorer):
     """A method that is not of the formula: it says its scores, a block at a time.
 
     Args:
-        score: (queries, measure, start, stop) -> S[q, i], [q, stop − start].
+        score: (queries, measure, start, stop) -> S[q, i], [q, stop − start], or that and its
+            standard error.
         at_once: Training examples in a block.
         diagonal: () -> S[i, i] with m = ℓ, or None.
         notes: What was chosen on the way.
         owed: (queries, measure) -> what Σᵢ S[q, i] must be, or None where nothing is known of it.
     """
 
-    score: Callable[[Data, Any, int, int], Tensor]
+    score: Callable[[Data, Any, int, int], Tensor | tuple[Tensor, Tensor]]
     at_once: int = AT_ONCE
     diagonal: Callable[[], Tensor] | None = None
     notes: tuple[str, ...] = ()

@@ -42,7 +42,9 @@ class DataShapley(Method):
 
     where α > β looks more at small coalitions, where one example is heard above the noise; its
     values no longer add up. Estimated from random orders of the examples, each one walked through
-    from ∅ to D: the marginal of the example at place j counts ω(j).
+    from ∅ to D: the marginal of the example at place j counts ω(j). `scores.error` is the standard
+    error of that mean, s / √permutations with s the standard deviation over orders, which are drawn
+    independently, for any ω. There is none of all orders or of one.
 
     Args:
         permutations: Orders walked through, each n trainings; None: all of them, for n ≤ 8, where
@@ -92,14 +94,16 @@ class DataShapley(Method):
         models = _trained(recipe, fitting, coalitions)
         weights = self.weights(n)
 
-        def score(queries: Data, measure: Any, start: int, stop: int) -> Tensor:
+        def score(queries: Data, measure: Any, start: int, stop: int) -> Any:
             values = models.measured(fitting.task, queries, as_measure(measure))
             steps = values[places[:, 1:]] - values[places[:, :-1]]  # [r n q]
             steps = steps * weights[None, :, None].to(steps)
-            found = torch.zeros(n, steps.shape[2], dtype=steps.dtype)
-            for order, step in zip(orders, steps, strict=True):
-                found[order] += step
-            return (found / len(orders)).T[:, start:stop].to(fitting.theta)
+            each = torch.zeros_like(steps).scatter(1, orders[:, :, None].expand_as(steps), steps)
+            found = each.mean(dim=0).T[:, start:stop].to(fitting.theta)
+            if self.permutations is None or len(orders) == 1:  # all of them, or one alone
+                return found
+            error = each.std(dim=0) / math.sqrt(len(orders))
+            return found, error.T[:, start:stop].to(fitting.theta)
 
         def total(queries: Data, measure: Any) -> Tensor:
             """m_q(D) − m_q(∅)."""

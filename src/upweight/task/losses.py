@@ -64,9 +64,9 @@ class Loss(abc.ABC):
             return self(f[None], _with_batch_axis(y))[0]
 
         try:
-            return torch.func.vmap(torch.func.grad(one))(outputs, targets).flatten(1)
+            return _flat(torch.func.vmap(torch.func.grad(one))(outputs, targets))
         except (RuntimeError, ValueError):  # no rule for vmap
-            return self._slopes(outputs, targets, create_graph=False)[1].flatten(1)
+            return _flat(self._slopes(outputs, targets, create_graph=False)[1])
 
     def hessian(self, outputs: Tensor, targets: Any) -> Float[Tensor, "b c c"]:
         """Λ = ∂²ℓ/∂f² per example, with f flattened to `[b, c]`.
@@ -99,9 +99,11 @@ class Loss(abc.ABC):
             return torch.zeros_like(vectors)
         try:
             products = [
-                torch.autograd.grad(
-                    slopes, f, u.reshape(f.shape), retain_graph=True, materialize_grads=True
-                )[0].flatten(1)
+                _flat(
+                    torch.autograd.grad(
+                        slopes, f, u.reshape(f.shape), retain_graph=True, materialize_grads=True
+                    )[0]
+                )
                 for u in vectors
             ]
         except RuntimeError as error:
@@ -191,6 +193,11 @@ def _require_weights(name: str, weights: tuple[float, ...] | None, field: str = 
         else "a tensor or an array, as the losses of torch.nn have it.",
         f"{name}({field}=tuple(weights.tolist())).",
     )
+
+
+def _flat(values: Float[Tensor, "b *c"]) -> Float[Tensor, "b c"]:
+    """`[b, c]`, also where an example has one output and no axis for it."""
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
 
 
 def _per_example(values: Tensor) -> Float[Tensor, " b"]:

@@ -158,7 +158,9 @@ def _own_loss(task: Task, theta: Float[Tensor, " p"], batch: Batch) -> float | N
 
 def targets_in(loss: Loss, targets: object) -> int:
     """Over how many targets a mean would be taken."""
-    first = next(x for x in tree_leaves(targets) if isinstance(x, Tensor))
+    first = next((x for x in tree_leaves(targets) if isinstance(x, Tensor)), None)
+    if first is None:
+        return 1  # a loss of the outputs alone, such as one of triplets
     if isinstance(loss, CrossEntropy) and first.is_floating_point():
         return max(1, first[..., 0].numel())
     if not first.is_floating_point():

@@ -17,6 +17,7 @@ sum otherwise.
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -72,9 +73,9 @@ def as_loss(loss: Loss | Callable[[Tensor, Any], Tensor]) -> Loss:
         return loss
     loss = as_module(loss)
     kind = type(loss)
+    is_batch = kind in REDUCED and getattr(loss, "reduction", "") != "none"
     is_known = kind in TRANSLATIONS or kind in REFUSED
-    by_hand = kind in BY_HAND and getattr(loss, "reduction", "") != "none"
-    return translated(loss) if is_known or by_hand else CustomLoss(loss)
+    return translated(loss) if is_known or is_batch else CustomLoss(loss)
 
 
 def as_module(loss: Any) -> Any:
@@ -95,21 +96,17 @@ def translated(loss: Any) -> Loss:
     Raises:
         UnsupportedModel: It has no translation, with the way out.
     """
-    if type(loss) not in TRANSLATIONS:
-        given, cause, way_out = REFUSED.get(type(loss)) or (
-            f"which is not, and reduces over the batch by {loss.reduction!r}",
-            "a loss of pairs, ranks, distributions or paths.",
-            "write it for one example each: Task(model, loss=lambda outputs, targets: "
-            f"F.{BY_HAND[type(loss)]}(…, reduction='none').flatten(1).sum(1)).",
-        )
+    kind = type(loss)
+    if kind not in TRANSLATIONS:
+        given, cause, way_out = (REFUSED.get(kind) or REDUCED[kind])(loss)
         raise UnsupportedModel(
             "A loss of torch.nn is translated where it is a function of logits, means or log-rates "
             "and of targets.",
             f"{loss!r}, {given}.",
             cause,
-            way_out,
+            _named(way_out),
         )
-    return TRANSLATIONS[type(loss)](loss)
+    return TRANSLATIONS[kind](loss)
 
 
 def reduction_note(given: Any, outputs: Tensor, targets: Any) -> str:
@@ -238,17 +235,52 @@ class LogProbabilities(CrossEntropy):
             )
 
 
+def _written(loss: Any, kind: str = "", without: tuple[str, ...] = (), **changed: str) -> str:
+    """The Python that makes a loss of `torch.nn` again, of another class or with other options.
+
+    Numbers are written out; what cannot be written (a tensor, a function) is read off `loss`.
+
+    Args:
+        loss: The loss.
+        kind: The class instead; it is asked for those options that it knows.
+        without: Options that are left at their defaults.
+        changed: Options that are other ones.
+    """
+    kind = kind or type(loss).__name__
+    options = {}
+    for name, p in inspect.signature(getattr(nn, kind)).parameters.items():
+        value = getattr(loss, name, p.default)
+        if name in without or name in changed or value is None or value is p.default:
+            continue
+        if not isinstance(value, int | float | str):
+            options[name] = f"loss.{name}"
+        elif value != p.default:
+            options[name] = repr(value)
+    said = ", ".join(f"{name}={value}" for name, value in (options | changed).items())
+    return f"torch.nn.{kind}({said})"
+
+
+def _named(way_out: str) -> str:
+    """The same, and what `loss` is where a way out reads from it."""
+    return f"{way_out} Here `loss` is the one given." if "loss." in way_out else way_out
+
+
 def _row(weights: Tensor | None, loss: Any) -> tuple[float, ...] | None:
     """Weights of classes or outputs as a tuple."""
     if weights is None:
         return None
     if weights.ndim > 1:
+        outputs = weights[0].numel()
+        each = f"v / {outputs}" if outputs > 1 and loss.reduction == "mean" else "v"
         raise UnsupportedModel(
             "Weights of a loss are one number, or one for each output on the last axis.",
             f"{loss!r} with weights of shape {tuple(weights.shape)}.",
             "a weight for each example of a batch, which has no place in a data set.",
-            "give each example its weight beside its target: Task(model, Weighted(Bernoulli())) "
-            "with data (X, (y, v)).",
+            _named(
+                "give each example its weights v beside its target: "
+                f"Task(model, upweight.Weighted({_written(loss, without=('weight',))})) with data "
+                f"(X, (y, {each})), v of shape {'[n, …], as y' if outputs > 1 else '[n]'}."
+            ),
         )
     return tuple(weights.flatten().tolist())
 
@@ -276,8 +308,9 @@ def _poisson(loss: nn.PoissonNLLLoss) -> Loss:
             "A Poisson loss is translated for outputs that are logarithms of the rate.",
             f"{loss!r} with log_input=False.",
             "a model that ends in exp or softplus and returns the rate itself.",
-            "take the logarithm on the way: Task(model, upweight.Poisson(), forward=lambda model, "
-            "batch: (model(batch[0]).log(), batch[1])); it is the same function of θ, up to eps.",
+            f"take the logarithm on the way: Task(model, {_written(loss, without=('log_input',))}, "
+            "forward=lambda model, batch: (model(batch[0]).log(), batch[1])); it is the same "
+            "function of θ, up to eps.",
         )
     return Poisson(full=loss.full)
 
@@ -296,6 +329,7 @@ def _averages(loss: Any) -> bool:
 TRANSLATIONS: dict[type, Callable[[Any], Loss]] = {
     nn.CrossEntropyLoss: _of_classes(CrossEntropy),
     nn.NLLLoss: _of_classes(LogProbabilities),
+    nn.NLLLoss2d: _of_classes(LogProbabilities),  # the same under an old name
     nn.BCEWithLogitsLoss: lambda loss: _scaled(_of_answers(loss), 1.0, _averages(loss)),
     nn.MultiLabelSoftMarginLoss: lambda loss: _scaled(_of_answers(loss), 1.0, True),
     nn.MSELoss: lambda loss: _scaled(SquaredError(), 2.0, _averages(loss)),
@@ -317,37 +351,143 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
     functional.huber_loss: nn.HuberLoss,
     functional.smooth_l1_loss: nn.SmoothL1Loss,
     functional.poisson_nll_loss: nn.PoissonNLLLoss,
+    functional.gaussian_nll_loss: nn.GaussianNLLLoss,
+    functional.kl_div: nn.KLDivLoss,
+    functional.soft_margin_loss: nn.SoftMarginLoss,
+    functional.hinge_embedding_loss: nn.HingeEmbeddingLoss,
+    functional.multi_margin_loss: nn.MultiMarginLoss,
+    functional.multilabel_margin_loss: nn.MultiLabelMarginLoss,
+    functional.cosine_embedding_loss: nn.CosineEmbeddingLoss,
+    functional.margin_ranking_loss: nn.MarginRankingLoss,
+    functional.triplet_margin_loss: nn.TripletMarginLoss,
+    functional.triplet_margin_with_distance_loss: nn.TripletMarginWithDistanceLoss,
+    functional.ctc_loss: nn.CTCLoss,
 }
 """The classes of the same losses as functions, with the same arguments."""
 
-REFUSED: dict[type, tuple[str, str, str]] = {
-    nn.BCELoss: (
+
+def _by_hand(loss: Any, call: str, parts: str = "") -> str:
+    """A task whose loss calls that of `torch.nn` unreduced; `parts` are what `forward` returns."""
+    made = _written(loss, reduction="'none'")
+    forward = f", forward=lambda model, batch: ({parts})" if parts else ""
+    return f"Task(model, lambda f, y: {made}{call}{forward})"
+
+
+def _per_output(loss: Any) -> str:
+    """From the losses of outputs to that of an example, as `reduction` has it."""
+    return f".reshape(len(f), -1).{'mean' if _averages(loss) else 'sum'}(1)"
+
+
+def _of_batch(loss: Any, way_out: str) -> tuple[str, str, str]:
+    return f"which reduces over the batch by {loss.reduction!r}", "a loss of batches.", way_out
+
+
+def _of_outputs(loss: Any) -> tuple[str, str, str]:
+    return _of_batch(loss, _by_hand(loss, f"(f, y){_per_output(loss)}") + ".")
+
+
+def _of_ranks(loss: Any) -> tuple[str, str, str]:
+    made = _written(loss, reduction="'none'")
+    return _of_batch(
+        loss,
+        f"Task(model, {made}). PyTorch has no second derivative of it: curvature=EKFAC(Observed()) "
+        "and EmpiricalFisher() need none.",
+    )
+
+
+def _of_pairs(loss: Any) -> tuple[str, str, str]:
+    each = "" if isinstance(loss, nn.CosineEmbeddingLoss) else _per_output(loss)
+    parts = "torch.stack([model(batch[0]), model(batch[1])], dim=1), batch[2]"
+    return (
+        "which takes two outputs for a target",
+        "examples that are pairs.",
+        "put both on one axis, with data (X1, X2, y): "
+        + _by_hand(loss, f"(f[:, 0], f[:, 1], y){each}", parts)
+        + ".",
+    )
+
+
+def _of_triplets(loss: Any) -> tuple[str, str, str]:
+    return (
+        "which takes three outputs and no target",
+        "examples that are triplets.",
+        "put the three on one axis, with data (anchors, positives, negatives): "
+        + _by_hand(
+            loss,
+            "(f[:, 0], f[:, 1], f[:, 2])",
+            "torch.stack([model(x) for x in batch], dim=1), None",
+        )
+        + ".",
+    )
+
+
+def _of_paths(loss: nn.CTCLoss) -> tuple[str, str, str]:
+    each = " / y[2].clamp(min=1)" if _averages(loss) else ""
+    return (
+        "which takes lengths beside the outputs, and these by time first",
+        "examples that are sequences.",
+        "for a model that returns log-probabilities [b, t, c], with data (X, (labels, lengths of "
+        "outputs, lengths of labels)): "
+        + _by_hand(loss, f"(f.transpose(0, 1), *y){each}")
+        + ". PyTorch has no second derivative of it: curvature=EKFAC(Observed()) and "
+        "EmpiricalFisher() need none.",
+    )
+
+
+def _of_probabilities(loss: nn.BCELoss) -> tuple[str, str, str]:
+    return (
         "whose outputs are probabilities",
         "a model that ends in a sigmoid, which saturates: no curvature is left of an example "
         "whose probability is rounded to 1.",
         "leave the sigmoid out and use BCEWithLogitsLoss(), or undo it: Task(model, "
-        "upweight.Bernoulli(), forward=lambda model, batch: (model(batch[0]).logit(), batch[1])).",
-    ),
-    nn.GaussianNLLLoss: (
+        f"{_written(loss, 'BCEWithLogitsLoss')}, forward=lambda model, batch: "
+        "(model(batch[0]).logit(), batch[1])).",
+    )
+
+
+def _of_variances(loss: nn.GaussianNLLLoss) -> tuple[str, str, str]:
+    return (
         "which takes a variance beside the outputs",
         "a model that returns a mean and a variance.",
-        "put both on one axis and write the loss: Task(model, loss=lambda f, y: "
-        "F.gaussian_nll_loss(f[..., 0], y, f[..., 1], reduction='none').flatten(1).sum(1), "
-        "forward=lambda model, batch: (torch.stack(model(batch[0]), dim=-1), batch[1])); with a "
-        "constant variance it is MSELoss().",
-    ),
+        "put both on one axis and write the loss: "
+        + _by_hand(
+            loss,
+            f"(f[..., 0], y, f[..., 1]){_per_output(loss)}",
+            "torch.stack(model(batch[0]), dim=-1), batch[1]",
+        )
+        + "; with a constant variance it is MSELoss().",
+    )
+
+
+def _with_a_layer(loss: Any) -> tuple[str, str, str]:
+    last = f", torch.nn.Unflatten(1, {(loss.num_classes, *loss.out_features)})"
+    layers = f"model, loss.linear{last if loss.out_features else ''}"
+    return (
+        "which has parameters of its own",
+        "a last layer that is part of the loss, to save memory in training.",
+        f"make it a layer of the model: Task(torch.nn.Sequential({layers}).eval(), "
+        f"{_written(loss, 'CrossEntropyLoss')}).",
+    )
+
+
+REFUSED: dict[type, Callable[[Any], tuple[str, str, str]]] = {
+    nn.BCELoss: _of_probabilities,
+    nn.GaussianNLLLoss: _of_variances,
+    nn.CosineEmbeddingLoss: _of_pairs,
+    nn.MarginRankingLoss: _of_pairs,
+    nn.TripletMarginLoss: _of_triplets,
+    nn.TripletMarginWithDistanceLoss: _of_triplets,
+    nn.CTCLoss: _of_paths,
 }
 """What each loss that is always refused is, why, and the way out."""
+if hasattr(nn, "LinearCrossEntropyLoss"):  # from PyTorch 2.13 on
+    REFUSED[nn.LinearCrossEntropyLoss] = _with_a_layer
 
-BY_HAND: dict[type, str] = {
-    nn.KLDivLoss: "kl_div",
-    nn.CTCLoss: "ctc_loss",
-    nn.SoftMarginLoss: "soft_margin_loss",
-    nn.MultiMarginLoss: "multi_margin_loss",
-    nn.MultiLabelMarginLoss: "multilabel_margin_loss",
-    nn.HingeEmbeddingLoss: "hinge_embedding_loss",
-    nn.CosineEmbeddingLoss: "cosine_embedding_loss",
-    nn.MarginRankingLoss: "margin_ranking_loss",
-    nn.TripletMarginLoss: "triplet_margin_loss",
+REDUCED: dict[type, Callable[[Any], tuple[str, str, str]]] = {
+    nn.KLDivLoss: _of_outputs,
+    nn.SoftMarginLoss: _of_outputs,
+    nn.HingeEmbeddingLoss: _of_outputs,
+    nn.MultiMarginLoss: _of_ranks,
+    nn.MultiLabelMarginLoss: _of_ranks,
 }
-"""Those that are taken as plain functions with reduction="none", and their functional names."""
+"""The same of those that are taken as plain functions with reduction="none"."""
