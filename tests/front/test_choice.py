@@ -24,7 +24,7 @@ from upweight.front.choice import (
     in_short,
     known_as,
 )
-from upweight.front.facts import epoch_seconds, facts_of, half_seconds
+from upweight.front.facts import TIMED, epoch_seconds, facts_of, half_seconds, slower
 from upweight.linalg.damping import Absolute, Relative
 from upweight.linalg.minres import MINRES
 from upweight.linalg.solve import Auto
@@ -84,6 +84,37 @@ def test_conjugate_gradients_take_about_as_many_products_as_are_counted(name):
     scores = fitted.attribute((X[:5] + 0.1, y[:5]))
     steps = scores.provenance.health["solver_steps"]
     assert steps / 2 <= ROUGH_PRODUCTS <= 2 * steps
+
+
+def test_examples_that_are_taken_one_at_a_time_take_their_time(monkeypatch):
+    """A GRU's gradients are: by a clock that goes on by one with each call of the model."""
+    clock = [0.0]
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.out = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            clock[0] += 1.0
+            return self.out(self.gru(x)[0][:, -1])
+
+    y = torch.arange(64) % 2
+    by_gru = uw.Task(Tagger().eval(), uw.CrossEntropy()), (torch.randn(64, 5, 3), y)
+    by_layer = uw.Task(nn.Linear(3, 2), uw.CrossEntropy()), (torch.randn(64, 3), y)
+    monkeypatch.setattr("upweight.front.facts.time.perf_counter", lambda: clock[0])
+    task, train = by_gru
+    epoch = 64 / TIMED  # a call for so many
+    found = slower(task, task.theta(), uw.as_data(train), epoch)
+    assert found == 64 / epoch
+    task, train = by_layer
+    assert slower(task, task.theta(), uw.as_data(train), epoch) == 1
+    free = replace(SMALL, queries=0, epoch_seconds=1.0, products_per_second=math.inf)
+    ekfac = next(row for row in ROWS if row.name == "EK-FAC").seconds
+    source = next(row for row in ROWS if row.name == "SOURCE").seconds
+    for seconds in (ekfac, source):
+        once, more = seconds(free), seconds(replace(free, slower=10.0))
+        assert more > 8 * once
 
 
 def test_the_gradients_of_single_examples_take_their_time():

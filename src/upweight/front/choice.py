@@ -129,6 +129,8 @@ class Facts:
         curved: Whether ℓ has a second derivative in f that is not 0 everywhere.
         likelihood: Whether labels can be drawn from the model.
         epoch_seconds: A forward and backward pass over the training data.
+        slower: A pass with the gradients of single examples, over it: 1 where a layer rule has them
+            of many examples at once, and as much as calls cost where they are taken one at a time.
         products_per_second: Multiply-adds of a matrix product in float64.
         memory_bytes: What a matrix may take.
         budget_seconds: What the answer may take.
@@ -157,6 +159,7 @@ class Facts:
     curved: bool = True
     likelihood: bool = True
     epoch_seconds: float = 0.01
+    slower: float = 1.0
     products_per_second: float = 2e10
     memory_bytes: int = 2**32
     budget_seconds: float = PATIENCE
@@ -261,7 +264,7 @@ def _ekfac_seconds(f: Facts, passes: float = 8, besides: float = FIRST) -> float
     Within a factor of three of what the tasks of the benchmark took.
     """
     products = f.queries * f.examples * f.parameters / (2 * f.products_per_second)
-    return besides + passes * f.epoch_seconds + products
+    return besides + passes * f.slower * f.epoch_seconds + products
 
 
 def _ekfac(f: Facts) -> EKFAC:

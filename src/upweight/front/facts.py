@@ -16,6 +16,7 @@ from upweight._typing import Batch
 from upweight.errors import UpweightError
 from upweight.front.choice import PATIENCE, Facts
 from upweight.gradients.linear import linear_form
+from upweight.gradients.planning import plan
 from upweight.runtime.hardware import product_seconds
 from upweight.runtime.memory import free_bytes
 from upweight.task.check import require_answerable
@@ -63,10 +64,10 @@ def facts_of(
     Raises:
         UpweightError: The task cannot be answered on these data; see `upweight.task.check`.
 
-    Cost: some forward and backward passes over 32 examples, or over up to 2 048 until a pass takes
-    2 ms; eight steps of a recipe, and a small matrix product. Of a function, where the budget
-    allows to train anew, two trainings on half of the data; one that takes more than ten seconds,
-    or three of less than one together.
+    Cost: a plan of how gradients are obtained; some forward and backward passes over 32 examples,
+    or over up to 2 048 until a pass takes 2 ms; eight steps of a recipe, and a small matrix
+    product. Of a function, where the budget allows to train anew, two trainings on half of the
+    data; one that takes more than ten seconds, or three of less than one together.
     """
     require_answerable(task, train, "training data")
     theta = task.theta()
@@ -75,6 +76,7 @@ def facts_of(
         outputs, targets = task.call(theta, few)
     free = free_bytes(task.layout.device) if memory_bytes is None else memory_bytes
     epoch = epoch_seconds(task, theta, train)
+    is_linear = linear_form(task, theta, few) is not None
     # A trajectory of ours knows the recipe that it is of; a recorded loop has none.
     known = recipe if recipe is not None else getattr(trajectory, "recipe", None)
     again = known if _trains_anew(known) else None
@@ -93,11 +95,12 @@ def facts_of(
         outputs=outputs[0].numel(),
         examples=len(train),
         queries=queries,
-        linear=linear_form(task, theta, few) is not None,
+        linear=is_linear,
         convex=task.loss.convex,
         curved=not isinstance(_base(task.loss), AbsoluteError),
         likelihood=draws_labels(task.loss),
         epoch_seconds=epoch,
+        slower=1.0 if is_linear else slower(task, theta, train, epoch),
         products_per_second=_products_per_second(),
         memory_bytes=int(SHARE * free),
         budget_seconds=budget_seconds,
@@ -177,6 +180,20 @@ def epoch_seconds(task: Task, theta: Tensor, train: Data) -> float:
         if max(read, seconds) > SHORT or m >= most:
             return seconds * len(train) / m
         m = min(GROWTH * m, most)
+
+
+def slower(task: Task, theta: Tensor, train: Data, epoch: float) -> float:
+    """What a pass takes that forms gradients of examples one at a time, in plain epochs; else 1.
+
+    A recurrent network has no gradients of several examples in one pass.
+    """
+    try:
+        if not plan(task, theta, train).one_by_one:
+            return 1.0
+    except UpweightError:  # said by the method that needs the plan
+        return 1.0
+    one = task.to_device(train.batch(0, 1))
+    return max(1.0, least_seconds(partial(_passed, task, theta, one)) * len(train) / epoch)
 
 
 def _passed(task: Task, theta: Tensor, batch: Batch) -> None:
