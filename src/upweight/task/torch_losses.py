@@ -109,7 +109,10 @@ def translated(loss: Any) -> Loss:
             cause,
             way_out,
         )
-    return TRANSLATIONS[type(loss)](loss)
+    made = TRANSLATIONS[type(loss)](loss)
+    own = made.base if isinstance(made, Rescaled) else made
+    object.__setattr__(own, "_called", type(loss).__name__)  # of frozen dataclasses; no field
+    return made
 
 
 def reduction_note(given: Any, outputs: Tensor, targets: Any) -> str:
