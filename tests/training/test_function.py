@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import upweight as uw
-from upweight.errors import SpecError, UnsupportedModel
+from upweight.errors import NotOffered, SpecError, UnsupportedModel
 from upweight.methods import stacked
 from upweight.training import FromFunction, removal_weights, subset_models
 
@@ -196,6 +196,10 @@ def test_the_generators_of_whoever_asks_are_theirs(budget):
     )
     if budget is not None:
         assert scores.provenance.method.startswith("Stacked")
+        with pytest.raises(NotOffered):  # as docs/first-answer.md says
+            scores.self_influence()
+        again = uw.attribute(model, (X, Y), QUERIES, nn.CrossEntropyLoss())
+        assert len(again.self_influence().values) == N
     else:
         scores.check(seeds_everything, subsets=4)
     assert generators() == before
