@@ -55,11 +55,23 @@ def test_another_model_comes_before_everything_else():
 
 @pytest.mark.parametrize("apart, holds", [(0.1, True), (0.11, False), (math.nan, False)])
 def test_a_model_is_the_same_within_a_tenth_of_what_removals_do(apart, holds):
-    for noise in (None, 5.0):
+    for noise in (None, 0.01):
         found = Reproduction(apart, 1.0, noise)
-        assert found.holds == holds
+        assert found.is_same == found.holds == holds
         assert len(found.notes) == (not holds)
         assert ("another seed" in "".join(found.notes)) == (noise is not None and not holds)
+
+
+@pytest.mark.parametrize("apart, holds", [(0.3, True), (1.0, True), (1.01, False)])
+def test_a_model_may_be_another_seed_within_twice_what_seeds_do(apart, holds):
+    found = Reproduction(apart, 1.0, 0.5)
+    assert (found.holds, found.is_same) == (holds, False)
+    assert not Reproduction(apart, 1.0).holds, "without seeds nothing is known of their spread"
+    (note,) = found.notes
+    assert note.startswith("the model is as another seed of the recipe") == holds
+    assert "recipe makes another model" not in note or not holds
+    said = judged(FIRM, RIGHT, 20, (0.9, 0.8, 1.0), found)
+    assert said.verdict is (Verdict.SIZE if holds else Verdict.DOUBT)
 
 
 def test_nothing_agrees_and_disagrees_at_once():

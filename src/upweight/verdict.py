@@ -1,7 +1,7 @@
 """Should scores be believed? Three answers, from what retraining found, by one rule.
 
     first that holds                                                    verdict
-    the recipe makes another model than the one that was scored         Do not believe these
+    the recipe makes another model, further off than its seeds are      Do not believe these
     fewer than 8 retrained models                                       Do not believe these
     the interval of the rank correlation reaches 0 or below             Do not believe these
     the interval of the ceiling does: retraining repeats nothing        Do not believe these
@@ -31,6 +31,9 @@ CLOSE = 0.1
 
 SAME_MODEL = 0.1
 """How far the recipe's model may be from the scored one, over what half of the data does."""
+
+SEEDS = 2.0
+"""How far it may be, over what another seed of the recipe does: beyond it is another recipe."""
 
 
 class Verdict(enum.StrEnum):
@@ -82,24 +85,42 @@ class Reproduction:
     noise: float | None = None
 
     @property
-    def holds(self) -> bool:
-        """Whether the two models are the same, beside what removals do.
-
-        No allowance for training noise: where two seeds are as far apart as two recipes, nothing
-        tells one from the other. A recipe with the model's own seed makes the model itself.
-        """
+    def is_same(self) -> bool:
+        """Whether the two models are the same, beside what removals do."""
         return self.apart <= SAME_MODEL * self.moves
+
+    @property
+    def is_another_seed(self) -> bool:
+        """Whether they are not the same, but no further apart than seeds of the recipe are.
+
+        Other settings can hide there: where seeds are as far apart as recipes, nothing tells one
+        from the other.
+        """
+        return not self.is_same and self.noise is not None and self.apart <= SEEDS * self.noise
+
+    @property
+    def holds(self) -> bool:
+        """Whether the recipe can be the one that the model was trained by."""
+        return self.is_same or self.is_another_seed
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to say of it; nothing where the models are the same."""
-        if self.holds:
+        if self.is_same:
             return ()
+        if self.is_another_seed:
+            return (
+                "the model is as another seed of the recipe: on all of the data measurements of "
+                f"the two are {self.apart:.1e} apart, those of two seeds {self.noise:.1e} "
+                "(medians); rankings are judged for the recipe's models, and settings that differ "
+                "by no more than seeds do are not told apart",
+            )
         seeds = "" if self.noise is None else f" and another seed by {self.noise:.1e}"
         return (
             "on all of the data the recipe makes another model: its measurements are off by "
             f"{self.apart:.1e}, where a subset of the data moves them by {self.moves:.1e}{seeds} "
-            "(medians); give the recipe the settings and the seed that the model was trained with",
+            "(medians); give the recipe the settings that the model was trained with, and its "
+            "seed where it is known",
         )
 
 

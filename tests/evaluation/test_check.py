@@ -190,11 +190,52 @@ def test_a_recipe_that_makes_another_model_is_the_verdict(digits, fitted):
     assert str(found).splitlines()[0].count("the recipe makes another model") == 1
 
 
-def test_the_seed_that_the_model_was_trained_with_makes_the_model(digits, fitted):
-    """Training noise alone is another model: from outside nothing tells it from other settings."""
+def test_another_seed_of_the_recipe_is_no_other_recipe(digits, fitted):
+    """The model is Newton's own minimum, and the recipe's models that plus noise from a seed."""
     found = fitted.check(Noisy(noise=0.1), 8, queries=digits[2])
+    assert 0.1 * found.reproduction.moves < found.reproduction.apart < found.reproduction.noise
+    assert found.verdict != "Do not believe these"
+    assert found.notes[0].startswith("the model is as another seed of the recipe")
+    assert found.notes[0] in str(found)
+
+
+def network(optimizer=SGD(0.5, momentum=0.9), epochs=20, seed=0):  # noqa: B008  a frozen spec
+    return Training(
+        lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 10)),
+        optimizer, epochs, 50, seed=seed,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A network by a loop whose random numbers are nobody's seed of a `Training`."""
+    _, train, queries = digits
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model = network().init().double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+        for _ in range(20):
+            for rows in torch.randperm(300).split(50):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(train[0][rows]), train[1][rows]).backward()
+                optimizer.step()
+    task = uw.Task(model.eval(), uw.CrossEntropy())
+    method = uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)).fit(task, train)
+    return method.attribute(queries)
+
+
+def test_a_model_of_a_loop_with_the_recipes_settings_is_as_another_seed(trained):
+    found = check(trained, network(), subsets=24)
+    assert found.reproduction.is_another_seed
+    assert found.verdict in ("Order only", "Order and size"), found
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 1}, {"optimizer": SGD(0.01)}])
+def test_a_recipe_of_too_little_training_makes_another_model(trained, settings):
+    found = check(trained, network(**settings), subsets=12)
+    assert found.reproduction.apart > 2 * found.reproduction.noise
     assert found.verdict == "Do not believe these"
-    assert f"another seed by {found.reproduction.noise:.1e}" in found.notes[0]
+    assert "the recipe makes another model" in found.reason
 
 
 def test_a_wide_interval_is_no_agreement():

@@ -64,6 +64,9 @@ def test_one_method_is_given_its_size():
     assert c == pytest.approx(7, rel=1e-8) and low <= c * (1 + 1e-9) and c <= high * (1 + 1e-9)
     assert found["explained"] == pytest.approx(1, abs=1e-8)
     assert found["trainings"] == 5.0 and found["fraction"] == 0.5
+    assert scores.provenance.notes[0].startswith(
+        "1 predictor combined as 10 models of 50 % of the data from 1 seed say (5 trainings): "
+    )
 
 
 def drawn(generator, subsets, queries=6):

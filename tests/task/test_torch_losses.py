@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 import upweight as uw
 from tests.market import draw, labels
 from upweight.cli.spec import parse
-from upweight.errors import DataError, ShapeError, SpecError, UnsupportedModel
+from upweight.errors import DataError, DtypeError, ShapeError, SpecError, UnsupportedModel
 from upweight.task.draws import Draws
 from upweight.task.losses import CustomLoss, Loss
 from upweight.task.torch_losses import TRANSLATIONS, Rescaled, as_loss, draws_labels, reduction_note
@@ -75,6 +76,31 @@ def per_example(kind, options, reduction):
         return values.mean() if is_mean else values.sum()
 
     return one
+
+
+OF_REGRESSION = ("squares", "absolute", "huber", "smooth", "smooth of 0", "poisson", "yes or no")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", OF_REGRESSION)
+def test_errors_name_the_loss_that_was_given(name, reduction):
+    kind, options, outputs, targets = CASES[name]
+    loss = as_loss(kind(**options, reduction=reduction))
+    with pytest.raises(ShapeError, match=f"^{kind.__name__} needs targets of the same shape"):
+        loss.check(outputs[:, :1], targets[:, 0])
+    own = getattr(loss, "base", loss)
+    ours = type(own)(**{f.name: getattr(own, f.name) for f in fields(own)})
+    assert ours == own and repr(ours) == repr(own), "a name is no part of what a loss is"
+    with pytest.raises(ShapeError, match=f"^{type(own).__name__} needs targets of the same shape"):
+        ours.check(outputs[:, :1], targets[:, 0])
+    if "poisson" not in name and name != "yes or no":
+        with pytest.raises(DtypeError, match=f"^{kind.__name__} needs floating-point targets"):
+            loss.check(outputs, targets.long())
+        with pytest.raises(DtypeError, match=f"^{type(own).__name__} needs floating-point"):
+            ours.check(outputs, targets.long())
+    else:
+        with pytest.raises(DataError, match=f"^{kind.__name__} needs targets"):
+            loss.check(outputs, -targets - 1)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

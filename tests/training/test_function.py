@@ -1,14 +1,16 @@
 """A loop of the user's own, whose models have running statistics, wherever models are retrained."""
 
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 import upweight as uw
-from upweight.errors import SpecError, UnsupportedModel
+from upweight.errors import NotOffered, SpecError, UnsupportedModel
 from upweight.methods import stacked
 from upweight.training import FromFunction, removal_weights, subset_models
 
@@ -171,3 +173,54 @@ def test_what_compares_parameters_refuses_them():
     assert torch.equal(own.alone(), TASK.theta())
     with pytest.raises(UnsupportedModel, match=r"(?s)running_mean, 1\.running_var.*eval mode"):
         other.alone()
+
+
+def generators():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+
+def seeds_everything(weights, seed=0):
+    """As the docs tell a loop: `torch.manual_seed(seed)`, and whatever else it draws from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    return fit(weights, seed=seed)
+
+
+@pytest.mark.parametrize("budget", [None, "60 s"])
+def test_the_generators_of_whoever_asks_are_theirs(budget):
+    """Whether it is trained within a budget, or by a check."""
+    model = fit(torch.ones(N).double())
+    before = generators()
+    scores = uw.attribute(
+        model, (X, Y), QUERIES, nn.CrossEntropyLoss(), recipe=seeds_everything, budget=budget
+    )
+    if budget is not None:
+        assert scores.provenance.method.startswith("Stacked")
+        with pytest.raises(NotOffered):  # as docs/first-answer.md says
+            scores.self_influence()
+        again = uw.attribute(model, (X, Y), QUERIES, nn.CrossEntropyLoss())
+        assert len(again.self_influence().values) == N
+    else:
+        scores.check(seeds_everything, subsets=4)
+    assert generators() == before
+
+
+def test_a_function_that_fails_leaves_the_generators_as_they_were():
+    def fails(weights, seed=0):
+        seeds_everything(weights, seed)
+        raise RuntimeError("out of memory")
+
+    before = generators()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        FromFunction(fails, seed=3).prepare(TASK, uw.as_data((X, Y)))(torch.ones(1, N).double())
+    assert generators() == before
+
+
+def test_a_function_that_draws_without_a_seed_is_refused_as_before():
+    """Its two calls draw from one stream: restored between them, they would look alike."""
+
+    def unseeded(weights):
+        return torch.randn(TASK.layout.size, dtype=torch.float64)
+
+    with pytest.raises(SpecError, match="bit for bit"):
+        FromFunction(unseeded).prepare(TASK, uw.as_data((X, Y)))(torch.ones(1, N).double())

@@ -70,9 +70,15 @@ def test_a_recorded_loop_is_the_trajectory_of_the_same_recipe(tmp_path, optimize
         one = method.fit(task(model), train, history=found).attribute(queries).values
         other = method.fit(about.moved_to(known.theta), train, history=known)
         assert torch.allclose(one, other.attribute(queries).values, rtol=1e-6, atol=1e-10)
+    spec = uw.Influence(uw.EKFAC(), damping=uw.FromTraining())
     if kind is SGD:
-        spec = uw.Influence(uw.EKFAC(), damping=uw.FromTraining())
         spec.fit(task(model), train, history=found)
+    else:  # the rates are those of the steps: no lr of a recorded optimizer is named
+        with pytest.raises(SpecError, match=f"Given: training by {kind.__name__}, which has one"):
+            spec.fit(task(model), train, history=found)
+    if optimizer == "momentum":
+        with pytest.raises(SpecError, match="Given: training by SGD with momentum"):
+            uw.SOURCE(1, discrete=True).fit(task(model), train, history=found)
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])

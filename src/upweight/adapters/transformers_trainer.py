@@ -13,8 +13,7 @@ import copy
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from upweight.adapters.loops import Clipped, Order, require_one_process, spread
 from upweight.adapters.transformers_data import Collated
 from upweight.adapters.transformers_kinds import kind, per_token
 from upweight.errors import DataError, SpecError, StaleStore, message
+from upweight.runtime.generators import own_random_numbers
 from upweight.runtime.packages import missing
 from upweight.task.data import Data, IndexedData
 from upweight.task.lent import copied
@@ -441,7 +441,7 @@ class _Retraining:
         if len(present) < len(data):
             select = getattr(data, "select", None)
             data = torch.utils.data.Subset(data, present) if select is None else select(present)
-        with _own_random_numbers(), tempfile.TemporaryDirectory() as folder:
+        with own_random_numbers(), tempfile.TemporaryDirectory() as folder:
             made = type(old)(
                 model=self._model(), args=_quiet(old.args, folder), data_collator=old.data_collator,
                 train_dataset=data, processing_class=getattr(old, "processing_class", None),
@@ -466,22 +466,6 @@ class _Retraining:
             for name, value in theta.items():
                 named[name].copy_(value)
         return model.train()
-
-
-@contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """Trainer seeds the generators of Python, NumPy and PyTorch: they come back as they were."""
-    import random
-
-    import numpy as np
-
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _quiet(args: Any, folder: str) -> Any:

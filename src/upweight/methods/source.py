@@ -134,9 +134,10 @@ class SOURCE(Method):
         history = as_history(fitting.history, fitting.task, fitting.data, fitting.theta)
         optimizer = history.optimizer
         if self.discrete and not (isinstance(optimizer, SGD) and optimizer.momentum == 0):
+            given = f" with momentum={optimizer.momentum:g}" if isinstance(optimizer, SGD) else ""
             raise SpecError(
                 "discrete=True is for gradient descent without a memory.",
-                f"{optimizer!r}.",
+                f"training by {type(optimizer).__name__}{given}.",
                 "momentum or Adam, whose steps are no product of 1 − ησ.",
                 "leave discrete out: the flow takes momentum as η/(1 − μ), and Adam's scale.",
             )

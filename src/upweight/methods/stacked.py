@@ -17,7 +17,7 @@ from upweight.methods.ensemble import Ensemble, is_of_one_model
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer, not_offered
-from upweight.notation import alike, percent
+from upweight.notation import alike, count, percent
 from upweight.runtime.memory import require_bytes
 from upweight.scores import Unit
 from upweight.task.data import Data
@@ -393,8 +393,8 @@ class StackedScorer(Scorer):
         }
         seeds = self.models.seeds
         note = (
-            f"{len(names)} predictors combined as {len(self.models)} models of "
-            f"{percent(self.models.fraction)} of the data from {seeds} seeds say "
+            f"{count(len(names), 'predictor')} combined as {len(self.models)} models of "
+            f"{percent(self.models.fraction)} of the data from {count(seeds, 'seed')} say "
             f"({self.trainings:g} trainings): they explain {percent(max(0.0, found.explained))} of "
             "how left-out models differ; sizes were fitted to random drops of "
             f"{percent(1 - self.models.fraction)}, trained on the rest alone, and for rows that "

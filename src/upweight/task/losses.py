@@ -46,6 +46,11 @@ class Loss(abc.ABC):
     convex: bool = False
     """Whether ℓ is convex in f, so that its curvature in f is positive semi-definite."""
 
+    @property
+    def called(self) -> str:
+        """Its name in errors: that of the loss of `torch.nn` where it is the translation of one."""
+        return vars(self).get("_called", type(self).__name__)
+
     @abc.abstractmethod
     def __call__(self, outputs: Tensor, targets: Any) -> Float[Tensor, " b"]:
         """ℓ for each example of the batch."""
@@ -498,8 +503,8 @@ class Bernoulli(Loss):
         _require_weights("Bernoulli", self.pos_weight, "pos_weight")
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        require_same_shape("Bernoulli", outputs, targets)
-        require_range("Bernoulli", targets, (targets >= 0) & (targets <= 1), "in [0, 1]")
+        require_same_shape(self.called, outputs, targets)
+        require_range(self.called, targets, (targets >= 0) & (targets <= 1), "in [0, 1]")
         last = outputs.shape[-1] if outputs.ndim > 1 else 1
         for weights in (self.weight, self.pos_weight):
             if weights is not None and len(weights) not in (1, last):
@@ -565,6 +570,18 @@ class Bernoulli(Loss):
         return p, draws.uniform(p.shape[1:], p.dtype) < p
 
 
+def _require_real_targets(name: str, outputs: Tensor, targets: Tensor) -> None:
+    """Of a regression: one floating-point target for each output."""
+    require_same_shape(name, outputs, targets)
+    if not targets.is_floating_point():
+        raise DtypeError(
+            f"{name} needs floating-point targets.",
+            f"targets of dtype {targets.dtype}.",
+            "integer labels given to a regression.",
+            "convert them (y.double()), or use CrossEntropy() for classes.",
+        )
+
+
 @dataclass(frozen=True)
 class SquaredError(Loss):
     """ℓ = ½ ‖f − y‖²: the negative log-likelihood of a unit-variance Gaussian, less a constant."""
@@ -572,14 +589,7 @@ class SquaredError(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        require_same_shape(type(self).__name__, outputs, targets)
-        if not targets.is_floating_point():
-            raise DtypeError(
-                "SquaredError needs floating-point targets.",
-                f"targets of dtype {targets.dtype}.",
-                "integer labels given to a regression.",
-                "convert them (y.double()), or use CrossEntropy() for classes.",
-            )
+        _require_real_targets(self.called, outputs, targets)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return _per_example(0.5 * (outputs - targets) ** 2)
@@ -625,8 +635,8 @@ class Poisson(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        require_same_shape("Poisson", outputs, targets)
-        require_range("Poisson", targets, targets >= 0, "that are counts, at least 0")
+        require_same_shape(self.called, outputs, targets)
+        require_range(self.called, targets, targets >= 0, "that are counts, at least 0")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         losses = outputs.exp() - targets * outputs
@@ -736,7 +746,7 @@ class Huber(Loss):
             )
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        SquaredError().check(outputs, targets)
+        _require_real_targets(self.called, outputs, targets)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         size = (outputs - targets).abs()
@@ -783,7 +793,7 @@ class AbsoluteError(Loss):
     convex = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        SquaredError().check(outputs, targets)
+        _require_real_targets(self.called, outputs, targets)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " b"]:
         return _per_example((outputs - targets).abs())

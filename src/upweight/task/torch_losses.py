@@ -106,7 +106,10 @@ def translated(loss: Any) -> Loss:
             cause,
             _named(way_out),
         )
-    return TRANSLATIONS[kind](loss)
+    made = TRANSLATIONS[kind](loss)
+    own = made.base if isinstance(made, Rescaled) else made
+    object.__setattr__(own, "_called", kind.__name__)  # of frozen dataclasses; no field
+    return made
 
 
 def reduction_note(given: Any, outputs: Tensor, targets: Any) -> str:

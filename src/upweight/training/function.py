@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upweight.errors import SpecError, message
+from upweight.runtime.generators import own_random_numbers
 from upweight.task.data import Data
 from upweight.task.params import Layout
 from upweight.task.recipe import Recipe, Trained
@@ -64,15 +65,20 @@ class FunctionTrainer:
     def __call__(self, weights: Float[Tensor, "s n"]) -> Trained:
         """θ(w) for each row, and what else of each model is its own; of the first model twice.
 
+        The global generators of random numbers, which the function may seed or draw from, come
+        back as they were. Between two of its calls they do not: one that draws without seeding
+        would otherwise seem to repeat itself.
+
         Raises:
             SpecError: The two differ, or a model is not the task's.
         """
         made = list[tuple[Tensor, dict[str, Tensor]]]()
-        for row in weights:
-            made.append(self._made(row))
-            theta = made[-1][0]
-            if not self.is_held and bool(theta.isfinite().all()):
-                self._require_repeats(row, theta)
+        with own_random_numbers():
+            for row in weights:
+                made.append(self._made(row))
+                theta = made[-1][0]
+                if not self.is_held and bool(theta.isfinite().all()):
+                    self._require_repeats(row, theta)
         theta = torch.stack([each for each, _ in made])
         bad = (~theta.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         failures = dict.fromkeys(bad, "its parameters are NaN or infinite")

@@ -132,7 +132,7 @@ def resolved_damping(given: Any, task: Task, train: Data) -> float:
     if not isinstance(optimizer, SGD):
         raise SpecError(
             "λ = 1/(step size × steps) is for training with one step size for all parameters.",
-            f"{optimizer!r}, which has one for each.",
+            f"training by {type(optimizer).__name__}, which has one for each.",
             "a model trained by Adam.",
             "use SOURCE(), which takes the step of each parameter; or Relative(0.1).",
         )
