@@ -121,13 +121,14 @@ class Stacked(Method):
             )
 
     def prepare(self, fitting: Fitting) -> "StackedScorer":
+        # Refused, if at all, before the subset models are trained.
+        run = _run_of(fitting) if any(method.takes_run for method in self.methods) else None
         means = [m for m in self.methods if isinstance(m, Ensemble)]
         models = models_of(self, fitting, [m for m in means if m.fraction == self.fraction])
         if fitting.learned is None:
             fitting.learned = []
         places: dict[tuple[float, bool, int], Fitting] = {}
         sources, trainings = [], models.trainings
-        run = _run_of(fitting) if any(method.takes_run for method in self.methods) else None
         if run is not None:
             trainings += 1.0
         for method in self.methods:
