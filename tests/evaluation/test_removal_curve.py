@@ -114,6 +114,8 @@ def test_summary_and_text():
     assert summary["sizes"] == [1, 20]
     assert summary["intervals"][1] == [curve.mean[1].low, curve.mean[1].high]
     assert f"remove     20  {curve.mean[1]}" in str(curve)
+    assert "5 queries, 2 seeds (" in str(curve)
+    assert ", 1 seed (" in str(RemovalCurve((1,), torch.randn(1, 1, 5)))
 
 
 @pytest.mark.parametrize(

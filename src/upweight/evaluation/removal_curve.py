@@ -139,7 +139,8 @@ class RemovalCurve:
 
     def __str__(self) -> str:
         seeds, _, q = self.changes.shape
-        lines = [f"mean Δm over {q} queries, {seeds} seeds ({self.bootstrap.level:.0%} interval)"]
+        drawn = "1 seed" if seeds == 1 else f"{seeds} seeds"
+        lines = [f"mean Δm over {q} queries, {drawn} ({self.bootstrap.level:.0%} interval)"]
         lines += [
             f"  remove {k:>6}  {e}" for k, e in zip(self.sizes, self.mean, strict=True)
         ]  # fmt: skip
