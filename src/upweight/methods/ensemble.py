@@ -68,7 +68,7 @@ class Ensemble(Method):
     takes_history = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.method, Method) and is_of_one_model(self.method)):
+        if not (isinstance(self.method, Method) and self.method.is_of_one_model):
             raise SpecError(
                 "Ensemble averages a method that looks at one model, or at the training of one.",
                 f"method={self.method!r}.",
@@ -142,11 +142,6 @@ class Ensemble(Method):
     def at_members(self, fittings: Sequence[Fitting], trainings: float = 0.0) -> "MeanScorer":
         """The method, prepared at each of some models, and averaged."""
         return MeanScorer(tuple(self.method.prepare(f) for f in fittings), trainings)
-
-
-def is_of_one_model(method: Method) -> bool:
-    """Whether a method looks at one model, or its training, or can do so."""
-    return not method.takes_history or method.takes_run or method.history_is_optional
 
 
 def moved(fitting: Fitting, task: Task, run: Any = None, *, shares: bool = False) -> Fitting:

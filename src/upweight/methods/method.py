@@ -39,6 +39,11 @@ class Method(abc.ABC):
     """Whether it needs θ a layer at a time only, so that each process may have a part of it."""
 
     @property
+    def is_of_one_model(self) -> bool:
+        """Whether it looks at one model, or at the training of one, or can do with that."""
+        return not self.takes_history or self.takes_run or self.history_is_optional
+
+    @property
     @abc.abstractmethod
     def unit(self) -> Unit:
         """What its scores mean."""

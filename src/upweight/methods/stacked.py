@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upweight.errors import NonFinite, SpecError
 from upweight.methods.combination import LEVEL, Combination, combine
-from upweight.methods.ensemble import Ensemble, is_of_one_model
+from upweight.methods.ensemble import Ensemble
 from upweight.methods.fitting import Fitting
 from upweight.methods.method import Method
 from upweight.methods.scorer import Asked, Job, Scorer, not_offered
@@ -100,7 +100,7 @@ class Stacked(Method):
         object.__setattr__(self, "methods", tuple(self.methods))
         for method in self.methods:
             if not isinstance(method, Method) or not (
-                isinstance(method, Ensemble) or is_of_one_model(method)
+                isinstance(method, Ensemble) or method.is_of_one_model
             ):
                 raise SpecError(
                     "Stacked combines methods that look at one model, and ensembles of them.",
