@@ -13,7 +13,7 @@ from upweight.methods import layered
 from upweight.methods.combination import _margins, combine, within
 from upweight.methods.datamodels import _ridge
 from upweight.methods.method import Method
-from upweight.methods.scorer import BlockScorer
+from upweight.methods.scorer import Asked, BlockScorer
 from upweight.methods.stacked import _against_sizes
 from upweight.training import subset_weights
 from upweight.training.subset_models import subset_models
@@ -334,6 +334,25 @@ def test_several_dampings_share_a_fit(monkeypatch):
     methods = (EKFAC, other, uw.Ensemble(EKFAC, 2, 0.5), uw.Ensemble(other, 2, 0.5))
     uw.Stacked(methods, subsets=8, seeds=2).fit(NETWORK, TRAIN, history=RECIPE)
     assert len(calls) == 3  # θ̂ and two members
+
+
+def test_segments_of_one_run_share_their_fits(monkeypatch):
+    """The terms of SOURCE's sum learn each curvature once, and say what they say alone."""
+    methods = tuple(uw.Ensemble(uw.SOURCE(3, states=1, segment=k), 2, 0.5) for k in range(3))
+    alone = uw.Stacked(methods[:1], subsets=8, seeds=2).fit(NETWORK, TRAIN, history=RECIPE)
+    calls, learned = [], layered.LayerwiseCurvature.fit_blocks
+    monkeypatch.setattr(
+        layered.LayerwiseCurvature,
+        "fit_blocks",
+        lambda self, *a, **k: calls.append(1) or learned(self, *a, **k),
+    )
+    together = uw.Stacked(methods, subsets=8, seeds=2).fit(NETWORK, TRAIN, history=RECIPE)
+    assert len(calls) == 3 * 2  # segments, members
+    asked = Asked(uw.as_data(QUERIES), uw.Loss())
+    members = (fitted.scorer.sources[0].members for fitted in (alone, together))
+    for scorers in zip(*members, strict=True):
+        first, same = (next(scorer.jobs(asked)).block(0, N) for scorer in scorers)
+        assert torch.equal(first, same)
 
 
 def test_subsets_that_fit_are_not_those_that_judge():

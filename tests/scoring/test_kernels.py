@@ -56,8 +56,22 @@ def close(actual, expected):
 @pytest.mark.parametrize("positions", [1, 3])
 def test_explicit(positions, chunk, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(kernels, "ROW_BYTES", chunk)
     V, factors = draw(Q, O, I, seed=3), tokens(positions)
     close(added(Explicit(V), factors), products(V, factors))
+
+
+def test_explicit_forms_gradients_of_one_position_for_many_queries_only():
+    """More than 2 i of them; both ways agree, and neither is used where precisions differ."""
+    V, factors = draw(2 * I + 1, O, I, seed=3), tokens()
+    some, every = Explicit(V[:-1]), Explicit(V)
+    assert some._goes_by_rows(factors) and not every._goes_by_rows(factors)
+    assert not Explicit(V[:-1].float())._goes_by_rows(factors)
+    scores = torch.zeros(len(V), B)
+    every.add_to(scores, factors)
+    found = torch.zeros(len(V) - 1, B)
+    some.add_to(found, factors)
+    close(found, scores[:-1])
 
 
 @pytest.mark.parametrize("chunk", [1, 200, 2**30])
@@ -65,6 +79,7 @@ def test_explicit(positions, chunk, monkeypatch):
 def test_explicit_with_a_bias_of_its_own(positions, chunk, monkeypatch):
     """Several batches, some of them formed whole."""
     monkeypatch.setattr(kernels, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(kernels, "ROW_BYTES", chunk)
     V, given = draw(Q, O, I + 1, seed=3), tokens(positions).with_ones()
     expected = torch.einsum("qoi,boi->qb", V, given.matrices())
     kernel, found = Explicit(V[..., :-1], V[..., -1]), torch.zeros(Q, 2 * B)

@@ -141,7 +141,7 @@ class Halves(nn.Module):
         return self.head(torch.relu(self.shared(x.unflatten(1, (2, 392)))).sum(dim=1))
 
 
-@pytest.mark.parametrize("tolerance", [0.05, 0.01])
+@pytest.mark.parametrize("tolerance", [0.05, 0.02])
 def test_a_wide_layer_at_few_positions_is_multiplied_in_pairs(tolerance):
     _, (X, y), (x, wanted) = digits()
     torch.manual_seed(0)

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from upweight.linalg.products import product
+
 FEW = 40
 """Multiply-adds per number of the factors that forming gᵢ takes, where they are few: no more than
 rounding that number to a shorter dtype costs. 6 and 26 for a convolution's first layers, 64 for a
@@ -145,7 +147,7 @@ class Tokens:
 
     def projected(self, left: Float[Tensor, "o k"], right: Float[Tensor, "i l"]) -> "Tokens":
         """leftᵀ gᵢ right, still factored: the projection acts on the factors."""
-        return Tokens(self.left @ left, self.right @ right)
+        return Tokens(self.left @ left, product(self.right, right))
 
     def take(self, index: Int[Tensor, " k"] | slice) -> "Tokens":
         """Some of the examples."""
@@ -262,8 +264,7 @@ class Extended(Tokens):
         torch.sum(self.left, dim=1, out=bias)
 
     def projected(self, left: Float[Tensor, "o k"], right: Float[Tensor, "i l"]) -> Tokens:
-        flat = torch.addmm(right[-1], self.inputs.flatten(0, 1), right[:-1])
-        return Tokens(self.left @ left, flat.reshape(*self.inputs.shape[:2], right.shape[1]))
+        return Tokens(self.left @ left, product(self.inputs, right[:-1], plus=right[-1]))
 
     def absolute(self) -> "Extended":
         return Extended(self.left.abs(), self.inputs.abs())

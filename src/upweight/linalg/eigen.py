@@ -16,6 +16,7 @@ from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite, ShapeError
 from upweight.linalg.operator import PSD, SYMMETRIC, SymmetricOperator, Tag
+from upweight.linalg.products import product
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,7 +74,7 @@ class Eigen(SymmetricOperator):
             if axis == -2:  # without moving the axis: qᵀ acts from the left
                 array = q.mT @ array
             else:
-                array = (array.movedim(axis, -1) @ q).movedim(-1, axis)
+                array = product(array.movedim(axis, -1), q).movedim(-1, axis)
         return array
 
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:

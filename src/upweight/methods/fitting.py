@@ -1,10 +1,10 @@
 """Fitting: what every method is given to learn from, once it is known that it can be answered."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,8 @@ from upweight.task.check import (
 from upweight.task.data import Data
 from upweight.task.probe import Probe
 from upweight.task.task import Task
+
+T = TypeVar("T")
 
 ROLE = "training data"
 
@@ -151,8 +153,8 @@ class Fitting:
         task, data, theta, probe, resources, history: As for `Method.fit`.
         looks_later: Whether examples that the method has not learned from are first looked at when
             they are scored.
-        learned: Curvatures that were learned at this θ, for several methods to share; None: each
-            method learns its own.
+        learned: What was learned at this θ, for several methods to share; None: each method learns
+            its own.
         losses: ℓᵢ(θ̂), as far as they are known.
     """
 
@@ -179,6 +181,16 @@ class Fitting:
     def cost(self) -> Cost:
         """What they take."""
         return cost(self.plan, self.theta, self.data)
+
+    def once(self, what: Any, of: object, learn: Callable[[], T]) -> T:
+        """What was learned before of the same object, if it is to be shared; else `learn()`."""
+        for known, source, found in self.learned or ():
+            if known == what and source is of:
+                return found  # type: ignore[no-any-return]
+        found = learn()
+        if self.learned is not None:
+            self.learned.append((what, of, found))
+        return found
 
     def checked_losses(self) -> Float[Tensor, " n"]:
         """ℓᵢ(θ̂) of every training example, each looked at once."""

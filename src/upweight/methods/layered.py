@@ -452,7 +452,9 @@ def inverse(
     """P = (Hₗ + λₗ)⁻¹ by block: learn the curvature, and check the training data on the way."""
     task, data, losses = fitting.task, fitting.data, fitting.losses
     damping = as_damping(damping)
-    fitted = _learned(curvature, damping, fitting, point)
+    fitted = fitting.once(
+        curvature, point.theta, lambda: _learned(curvature, damping, fitting, point)
+    )
     layout = task.layout
     size = examples_at_once(fitted.cost, layout.device, fitting.resources.memory_bytes)
     silent = _silent_blocks(fitted, damping, data, size)
@@ -499,12 +501,8 @@ def _learned(
     task, data, probe, resources = (
         fitting.task, fitting.data, fitting.probe, fitting.resources
     )  # fmt: skip
-    shared = fitting.learned
-    for of, at, known in shared or ():
-        if of == curvature and at is point.theta:
-            return known
     seen: dict[int, Tensor] = {}
-    is_own = _is_own(fitting, point)
+    is_own, is_shared = _is_own(fitting, point), fitting.learned is not None
 
     def watch(start: int, stop: int, batch: Batch, outputs: Tensor, targets: Any) -> None:
         places = (start, stop)
@@ -520,7 +518,7 @@ def _learned(
             data,
             point.theta,
             # The evidence is not known before the spectrum is, nor what is to be shared.
-            damping=None if isinstance(damping, Evidence) or shared is not None else damping,
+            damping=None if isinstance(damping, Evidence) or is_shared else damping,
             memory_bytes=resources.memory_bytes,
             checkpoint=resources.checkpoint(lambda: settings | subject(task, data)),
             watch=watch if is_own else None,
@@ -542,8 +540,6 @@ def _learned(
             fitting.losses.set(resources.ranks.joined(seen, len(data), task.layout.device))
         elif resources.ranks.size == 1:
             fitting.losses.set_some(at, torch.cat([*seen.values()]))
-    if shared is not None:
-        shared.append((curvature, point.theta, fitted))
     return fitted
 
 

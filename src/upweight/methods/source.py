@@ -12,6 +12,7 @@ differentiation", §3: segments, and the response of each as a function of eigen
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +154,12 @@ class SOURCE(Method):
         for steps, states in segments_of(history, self.segments, self.states)[first:]:
             # Clipping shrinks gradients and not the decay: η (s H + λ) = ηs (H + λ/s).
             shrunk = float(moved[steps].sum() / reached[steps].sum())
-            made, told = self._segment(fitting, history, states, moved[steps], shrunk)
+            # A segment is one for all methods that ask for what was done in or before it.
+            made, told = fitting.once(
+                (replace(self, segment=None), steps),
+                fitting.history,
+                partial(self._segment, fitting, history, states, moved[steps], shrunk),
+            )
             parts.append(made)
             notes += told
             if made.unseen is not None:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.gradients.factored import Tokens
+from upweight.linalg.products import product
 from upweight.scoring.kernels import Explicit, Kernel, OfVector, Separable, add_pairs
 from upweight.scoring.queries import (
     PAIR_OVERHEAD,
@@ -216,7 +217,7 @@ class _Curve:
                 # Rotated in the dtype of the kernel, whose rounding is measured as it is used.
                 scaled = (factor * scales[some][:, None, None]).to(dtype)
                 if kept is None and basis is not None:
-                    scaled = scaled @ basis.mT.to(dtype)
+                    scaled = product(scaled, basis.mT.to(dtype))
                 out[start : start + size] = scaled
             found.append(out)
         return found[0], found[1]
