@@ -32,6 +32,7 @@ from upweight.front.choice import Facts, named
 from upweight.front.kept import kept_choice
 from upweight.methods.shapley import DataShapley
 from upweight.task.recipe import Trained
+from upweight.training import trainer
 from upweight.training.kept import Kept, kept_trainer
 from upweight.training.newton import Newton
 from upweight.training.subset_models import subset_models
@@ -176,11 +177,12 @@ def test_runs_of_subsets_go_on_where_they_were(tmp_path, monkeypatch):
         return states(self, weights, wanted, begin)
 
     monkeypatch.setattr(TrainingTrainer, "states", counted)
+    monkeypatch.setattr(trainer, "TOGETHER", 2)
 
-    def ask(resources):
+    def ask(resources):  # two models of two seeds at a time
         data = task.training((X, Y))
         return subset_models(
-            recipe, task, data, 4, 0.5, 2, at=(0.5, 1.0), runs=True, resources=resources
+            recipe, task, data, 8, 0.5, 8, at=(0.5, 1.0), runs=True, resources=resources
         )
 
     whole, resumed = killed_and_resumed(ask, tmp_path / "models", 2)

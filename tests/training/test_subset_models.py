@@ -8,6 +8,7 @@ from torch import nn
 
 import upweight as uw
 from upweight.errors import NotConverged, SpecError
+from upweight.training import seeds
 from upweight.training.function import as_recipe
 from upweight.training.subset_models import APART, fitting_weights
 
@@ -94,3 +95,86 @@ def test_what_cannot_be_meant_is_refused():
     diverging = replace(RECIPE, optimizer=uw.SGD(1e200))
     with pytest.raises(NotConverged):
         uw.training.subset_models(diverging, TASK, data, 2)
+
+
+class Noisy(nn.Module):
+    """A layer, its outputs times 1 with noise that is drawn, where there is any."""
+
+    def __init__(self, noise=0.0):
+        super().__init__()
+        self.linear, self.noise = nn.Linear(3, 1).double(), noise
+
+    def forward(self, x):
+        out = self.linear(x)
+        return out * (1 + self.noise * torch.randn_like(out)) if self.noise else out
+
+
+class Own(nn.Module):
+    """A layer behind a map that each model draws for itself, and that is no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.map = nn.Linear(3, 1).double(), torch.randn(3, 3).double()
+
+    def forward(self, x):
+        return self.linear(x @ self.map)
+
+
+@pytest.mark.parametrize("skip_absent", [False, True])
+@pytest.mark.parametrize("runs", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer", "init"),
+    [
+        (uw.SGD(0.1, momentum=0.9), net),
+        (uw.Adam(0.01), net),
+        (uw.SGD(0.1), lambda: Noisy(0.1)),
+        (uw.SGD(0.1), Own),
+    ],
+)
+def test_models_of_several_seeds_are_those_that_train_alone(
+    optimizer, init, runs, skip_absent, monkeypatch
+):
+    """Together where neither draws nor a model's own constants tell seeds apart."""
+    torch.manual_seed(0)
+    task = uw.Task(init(), uw.SquaredError())
+    recipe = uw.Training(init, optimizer, epochs=2, batch=3, seed=5, skip_absent=skip_absent)
+    made = []
+    made_of = seeds.SeveralSeeds.of
+    monkeypatch.setattr(seeds.SeveralSeeds, "of", lambda each: made.append(1) or made_of(each))
+    data = uw.as_data((X[:13], Y[:13]))
+    found = uw.training.subset_models(recipe, task, data, 5, seeds=5, at=(0.5, 1.0), runs=runs)
+    assert bool(made) == (init is net)
+    for s in range(5):
+        own = replace(recipe, seed=recipe.seed + APART + s)
+        if init is Own:  # what is no parameter is not taken from the model that is asked about
+            continue
+        run = own.trajectory(task, (X[:13], Y[:13]), found.weights[s], every=1)
+        torch.testing.assert_close(found.theta[1.0][s], run.theta, rtol=1e-9, atol=1e-12)
+        half = run.state(len(run) // 2)
+        torch.testing.assert_close(found.theta[0.5][s], half.theta, rtol=1e-9, atol=1e-12)
+        if runs:
+            mine = found.runs[s]
+            assert len(mine) == len(run) and mine.recipe == own
+            state = mine.state(len(run) // 2)
+            for one, other in zip(state.tensors, half.tensors, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+            (step, before), (same, there) = (next(x.replay(3, 4)) for x in (mine, run))
+            assert torch.equal(step.indices, same.indices) and step.seed == same.seed
+            torch.testing.assert_close(before.theta, there.theta, rtol=1e-9, atol=1e-12)
+
+
+def test_runs_that_trained_together_are_found_again(tmp_path):
+    """To the last bit, by the folder; a call for other rows trains its own."""
+    resources, data = uw.Resources(folder=tmp_path), uw.as_data((X, Y))
+    named = {"seeds": 4, "runs": True, "resources": resources}
+    first = uw.training.subset_models(RECIPE, TASK, data, 4, **named)
+    (file,) = tmp_path.glob("*.safetensors")
+    written = file.stat().st_mtime_ns
+    again = uw.training.subset_models(RECIPE, TASK, data, 4, **named)
+    assert file.stat().st_mtime_ns == written
+    assert torch.equal(first.theta[1.0], again.theta[1.0])
+    for one, other in zip(first.runs, again.runs, strict=True):
+        assert one.kept == other.kept
+        for t in one.kept:
+            pairs = zip(one.states[t].tensors, other.states[t].tensors, strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)

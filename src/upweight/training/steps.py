@@ -57,6 +57,16 @@ class TrainingState:
         """θ_t and the optimizer's memories."""
         return (self.theta, *self.optimizer.memories.values())
 
+    def by_model(self) -> "list[TrainingState]":
+        """Of several models each its own, in memory of its own."""
+        named = self.optimizer.memories.items()
+        return [
+            TrainingState(
+                theta.clone(), OptimizerState(self.step, {name: m[k].clone() for name, m in named})
+            )
+            for k, theta in enumerate(self.theta)
+        ]
+
 
 def step_seed(seed: int, number: int) -> int:
     """Of what is drawn in step t, for a training seed."""

@@ -23,9 +23,10 @@ from upweight.task.recipe import Recipe, Trainer
 from upweight.task.task import Task
 from upweight.training.function import FromFunction
 from upweight.training.kept import Kept, packed_others, training_identity, unpacked_others
+from upweight.training.seeds import SeveralSeeds, rows_together
 from upweight.training.trainer import TrainingTrainer
 from upweight.training.training import Training
-from upweight.training.trajectory import Trajectory, packed, recorded, unpacked
+from upweight.training.trajectory import Trajectory, packed, recorded_together, unpacked
 from upweight.training.weights import subset_weights
 
 JUDGES = 256
@@ -108,7 +109,7 @@ def subset_models(
         at: Shares of the training at which parameters are taken; 1 is the end.
         seed: Of the draw of the subsets.
         runs: Whether to keep the runs, √T states of each or all of 32, for methods that look at
-            training. Models are then trained one at a time.
+            training.
         resources: With a folder the models are kept in it, or the states of their runs, and a call
             that was interrupted goes on.
 
@@ -119,7 +120,8 @@ def subset_models(
         NotConverged: A model has parameters that are NaN or infinite.
         UpweightError: From the recipe.
 
-    Cost: `subsets` trainings on `fraction` of the data each.
+    Cost: `subsets` trainings on `fraction` of the data each. Models that fit into the processor's
+    cache train beside each other, those of several seeds too where no step draws (dropout does).
     """
     seeds = min(seeds, subsets) if has_seed(recipe) else 1
     if fraction == 1.0:
@@ -134,32 +136,36 @@ def subset_models(
     else:
         weights = fitting_weights(len(train), subsets, fraction, seed)
     group = torch.arange(subsets) % seeds
+    if runs and not isinstance(recipe, Training):
+        raise SpecError(
+            "A run is of a recipe that says its steps.",
+            f"runs=True with {recipe!r}.",
+            "a recipe that says what it ends in and nothing else.",
+            "use Training(...) as the recipe, or a method that looks at one θ.",
+        )
     theta = {share: task.theta().new_empty(subsets, task.layout.size) for share in at}
     kept: dict[int, Trajectory] = {}
     others: list[Mapping[str, Tensor]] = [{} for _ in range(subsets)]
     using = Resources() if resources is None else resources
     models = Kept.of(using, lambda: training_identity(recipe, task, train))
-    for k in range(seeds):
-        rows = (group == k).nonzero()[:, 0]
-        own = reseeded(recipe, k)
+    for trainer, chunk in rows_together(
+        [reseeded(recipe, k) for k in range(seeds)], task, train, group
+    ):
+        own, key = weights[chunk], f"seeds {[APART + k for k in group[chunk].tolist()]}"
         if runs:
-            for row in rows.tolist():
-                run = kept[row] = _run(own, task, train, weights[row], models, f"run of seed {k}")
+            assert isinstance(trainer, TrainingTrainer)
+            for row, run in zip(chunk.tolist(), _runs(trainer, own, models, key), strict=True):
+                kept[row] = run
                 for share in at:
                     found = run.state(max(1, round(share * len(run)))).theta
                     theta[share][row] = found.to(theta[share])
             continue
-        trainer = own.prepare(task, train)
-        for chunk in torch.tensor_split(rows, -(-len(rows) // max(1, trainer.at_once))):
-
-            def make(chunk: Tensor = chunk, trainer: Trainer = trainer) -> dict[str, Tensor]:
-                return _trained(trainer, recipe, weights[chunk], at)
-
-            made = models.once(f"seed {APART + k} at {list(at)}", weights[chunk], make)
-            for share in at:
-                theta[share][chunk] = made[str(share)].to(theta[share])
-            for row, some in zip(chunk.tolist(), unpacked_others(made, len(chunk)), strict=False):
-                others[row] = some
+        make = partial(_trained, trainer, recipe, own, at)
+        made = models.once(f"{key} at {list(at)}", own, make)
+        for share in at:
+            theta[share][chunk] = made[str(share)].to(theta[share])
+        for row, some in zip(chunk.tolist(), unpacked_others(made, len(chunk)), strict=False):
+            others[row] = some
     bad = (~torch.stack([x.isfinite().all(dim=1) for x in theta.values()]).all(dim=0)).nonzero()
     if len(bad):
         raise NotConverged(
@@ -174,25 +180,27 @@ def subset_models(
     return SubsetModels(weights, theta, group, fraction, ran, own_others)
 
 
-def _run(
-    recipe: Recipe, task: Task, train: Data, weights: Float[Tensor, " n"], models: Kept, key: str
-) -> Trajectory:
-    """The run with these weights, from the states that were kept of it or by training."""
-    if not isinstance(recipe, Training):
-        raise SpecError(
-            "A run is of a recipe that says its steps.",
-            f"runs=True with {recipe!r}.",
-            "a recipe that says what it ends in and nothing else.",
-            "use Training(...) as the recipe, or a method that looks at one θ.",
-        )
-    trainer = recipe.prepare(task, train)
+def _runs(
+    trainer: TrainingTrainer, weights: Float[Tensor, "s n"], models: Kept, key: str
+) -> list[Trajectory]:
+    """The run of each row, from the states that were kept of them or by training."""
+    placed = trainer.placed(weights)
+    every = 1 if trainer.length(placed) <= SHORT else None
 
     def make() -> dict[str, Tensor]:
-        every = 1 if trainer.length(trainer.placed(weights)) <= SHORT else None
-        return packed(recorded(trainer, weights, every).states)
+        found = enumerate(recorded_together(trainer, placed, every))
+        return {f"{row}.{name}": x for row, run in found for name, x in packed(run.states).items()}
 
-    states = unpacked(trainer, models.once(key, weights, make))
-    return Trajectory(trainer, trainer.placed(weights).clone(), states)
+    made = models.once(f"runs of {key}", weights, make)
+    each = trainer.each if isinstance(trainer, SeveralSeeds) else (trainer,) * len(weights)
+    states: list[dict[str, Tensor]] = [{} for _ in each]
+    for name, x in made.items():
+        row, _, rest = name.partition(".")
+        states[int(row)][rest] = x
+    return [
+        Trajectory(own, w.clone(), unpacked(own, some))
+        for own, w, some in zip(each, placed, states, strict=True)
+    ]
 
 
 def fitting_weights(n: int, subsets: int, fraction: float, seed: int = 1) -> Float[Tensor, "s n"]:

@@ -4,7 +4,7 @@
 
 What a step does (batch, weights, learning rate, seed) is known without training, and costs nothing
 to hold. Of the states some are kept: the first, the last, and those that were asked for. Any other
-is replayed from the nearest before it.
+is replayed from the nearest before it; to rounding, where a model was trained beside others.
 
 How estimators use it, for a trajectory h:
 
@@ -199,6 +199,19 @@ def recorded(
             solution=found,
         )
     return found
+
+
+def recorded_together(
+    trainer: TrainingTrainer, weights: Float[Tensor, "s n"], every: int | Sequence[int] | None
+) -> list[Trajectory]:
+    """The same for rows that train at once; what `recorded` raises of one is left to the caller."""
+    if len(weights) == 1:
+        return [recorded(trainer, weights[0], every)]
+    kept: list[dict[int, TrainingState]] = [{} for _ in weights]
+    for state in trainer.states(weights, _chosen(every, trainer.length(weights))):
+        for states, own in zip(kept, state.by_model(), strict=True):
+            states[state.step] = own
+    return [Trajectory(trainer, w, states) for w, states in zip(weights, kept, strict=True)]
 
 
 def read(trainer: TrainingTrainer, folder: Folder) -> Trajectory:
