@@ -26,6 +26,7 @@ from upweight.task.measures import Functional, as_measure
 from upweight.task.recipe import Recipe, Trained
 from upweight.task.task import Task
 from upweight.training.kept import Kept, training_identity
+from upweight.training.seeds import rows_together
 from upweight.training.subset_models import fitting_weights, has_seed, reseeded_from
 
 FEWER = "fewer queries at a time, or SubsampledInfluence(subsets=100)."
@@ -82,10 +83,10 @@ class LeaveOneOut(Method):
         weights[1:].fill_diagonal_(0.0)
         require_room(self, fitting, (n + 1) * seeds, FEWER)
         kept = _kept(recipe, fitting)
-        runs = [
-            _trained(reseeded_from(recipe, k), fitting, weights, f"refits, seed {k}", kept, k)
-            for k in range(seeds)
-        ]
+        runs = []
+        for k in range(seeds):
+            own = [reseeded_from(recipe, k)]
+            runs.append(_trained(own, fitting, weights, f"refits, seed {k}", kept, first=k))
         return _RefitScorer(self, fitting.task, runs, weights[1:], n * seeds, has_seed(recipe))
 
 
@@ -145,19 +146,10 @@ class SubsampledInfluence(Method):
                 "more subsets, with fraction=0.5.",
             )
         kept = _kept(recipe, fitting)
-        if not has_seed(recipe):  # prepared once, and as many at a time as it trains
-            models = _trained(recipe, fitting, weights, "refits", kept)
-            return _RefitScorer(self, fitting.task, [models], weights, self.subsets, False)
-        rows = [(reseeded_from(recipe, k), weights[k : k + 1]) for k in range(self.subsets)]
-        models = Trained.joined(
-            [
-                _trained(own, fitting, row, None, kept, k)
-                for k, _, (own, row) in progress(
-                    ((k, k + 1, each) for k, each in enumerate(rows)), len(rows), "refits"
-                )
-            ]
-        )
-        return _RefitScorer(self, fitting.task, [models], weights, self.subsets, True)
+        is_seeded = has_seed(recipe)
+        recipes = [reseeded_from(recipe, k) for k in range(self.subsets if is_seeded else 1)]
+        models = _trained(recipes, fitting, weights, "refits", kept)
+        return _RefitScorer(self, fitting.task, [models], weights, self.subsets, is_seeded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,17 +288,19 @@ def _kept(recipe: Recipe, fitting: Fitting) -> Kept:
 
 
 def _trained(
-    recipe: Recipe, fitting: Fitting, weights: Float[Tensor, "r n"], what: str | None, kept: Kept,
-    seed: int = 0,
+    recipes: Sequence[Recipe], fitting: Fitting, weights: Float[Tensor, "r n"], what: str,
+    kept: Kept, *, first: int = 0,
 ) -> Trained:  # fmt: skip
-    """The model of each row of weights; a bar where `what` is said."""
-    trainer = recipe.prepare(fitting.task, fitting.data)
-    trainer = kept.trainer(trainer, fitting.task, f"seed {seed}")
-    size = max(1, trainer.at_once)
-    chunks = ((k, min(k + size, len(weights)), None) for k in range(0, len(weights), size))
+    """The model of each row of weights: of its own recipe, or all of one, whose seed is `first`."""
+    group = torch.arange(len(weights)) if len(recipes) > 1 else torch.zeros(len(weights)).long()
+    chunks = (
+        (int(rows[0]), int(rows[-1]) + 1, trainer)
+        for trainer, rows in rows_together(recipes, fitting.task, fitting.data, group)
+    )
     parts: list[Trained] = []
-    for start, stop, _ in chunks if what is None else progress(chunks, len(weights), what):
-        found = trainer(weights[start:stop])
+    for start, stop, trainer in progress(chunks, len(weights), what):
+        key = f"seeds {sorted({first + k for k in group[start:stop].tolist()})}"
+        found = kept.trainer(trainer, fitting.task, key)(weights[start:stop])
         if found.failures:
             row, reason = next(iter(found.failures.items()))
             gone = (weights[start + row] == 0).nonzero()[:, 0].tolist()
