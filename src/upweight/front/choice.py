@@ -138,7 +138,8 @@ class Facts:
         function: Whether it is known by a function, which says what training ends in and no steps.
         trajectory: Whether the steps of its training are known.
         training_seconds: One training by the recipe.
-        half_seconds: The same on half of the data; of a function this alone is timed.
+        half_seconds: The same on half of the data, of as many as train at once; of a function this
+            alone is timed.
         layers: Modules with parameters.
         labels: Of an example, each with a loss −log p of classes; None: another kind of loss.
         directions: Of the widest side of a weight; infinite where it is not known how many

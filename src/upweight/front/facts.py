@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any, TypeGuard
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Batch
-from upweight.errors import UpweightError
+from upweight.errors import SpecError, UpweightError
 from upweight.front.choice import PATIENCE, Facts
 from upweight.gradients.linear import linear_form
 from upweight.gradients.planning import plan
@@ -27,7 +28,9 @@ from upweight.task.task import Task
 from upweight.task.torch_losses import Rescaled, draws_labels
 from upweight.training.function import FromFunction
 from upweight.training.history import History, resolved_by
-from upweight.training.subset_models import fitting_weights
+from upweight.training.seeds import rows_together
+from upweight.training.subset_models import fitting_weights, reseeded
+from upweight.training.trainer import TrainingTrainer
 from upweight.training.training import Training
 
 TIMED = 32
@@ -38,6 +41,9 @@ GROWTH, SHORT = 4, 2e-3
 
 STEPS = 8
 """Of training that are timed."""
+
+BESIDE = 8
+"""Models of halves that are timed together."""
 
 SLOW = 10.0
 """Seconds past which a first training is taken as it is: one or two of it go into imports."""
@@ -65,9 +71,10 @@ def facts_of(
         UpweightError: The task cannot be answered on these data; see `upweight.task.check`.
 
     Cost: a plan of how gradients are obtained; some forward and backward passes over 32 examples,
-    or over up to 2 048 until a pass takes 2 ms; eight steps of a recipe, and a small matrix
-    product. Of a function, where the budget allows to train anew, two trainings on half of the
-    data; one that takes more than ten seconds, or three of less than one together.
+    or over up to 2 048 until a pass takes 2 ms; eight steps of a recipe, and of eight models at
+    once where the budget allows to train anew; and a small matrix product. Of a function, where the
+    budget allows to train anew, two trainings on half of the data; one that takes more than ten
+    seconds, or three of less than one together.
     """
     require_answerable(task, train, "training data")
     theta = task.theta()
@@ -85,6 +92,8 @@ def facts_of(
         if again is not None:
             full = training_seconds(again, task, train)
             half = full / 2 if again.skip_absent else full
+            if by_query and budget_seconds > PATIENCE:
+                half = min(half, beside_others(again, task, train))
         elif isinstance(known, FromFunction) and by_query and budget_seconds > PATIENCE:
             half = half_seconds(known, task, train)
     except UpweightError as error:
@@ -129,8 +138,28 @@ def training_seconds(recipe: Training, task: Task, train: Data) -> float:
     Raises:
         UpweightError: The recipe cannot train this model.
     """
-    trainer = recipe.prepare(task, train)
-    weights = trainer.placed(torch.ones(len(train)))
+    return _run_seconds(recipe.prepare(task, train), torch.ones(len(train)))
+
+
+def beside_others(recipe: Training, task: Task, train: Data) -> float:
+    """Of one of several trainings on halves, each of a seed of its own, that go on at once.
+
+    Infinite where they go on one after the other, or there are not so many halves.
+    """
+    try:
+        halves = fitting_weights(len(train), BESIDE, 0.5)
+    except SpecError:  # said by the method that needs them
+        return math.inf
+    recipes, rows = [reseeded(recipe, k) for k in range(BESIDE)], torch.arange(BESIDE)
+    trainer, together = next(rows_together(recipes, task, train, rows))
+    if len(together) == 1 or not isinstance(trainer, TrainingTrainer):
+        return math.inf
+    return _run_seconds(trainer, halves[together]) / len(together)
+
+
+def _run_seconds(trainer: TrainingTrainer, weights: Float[Tensor, "*s n"]) -> float:
+    """Of all steps, from some of them."""
+    weights = trainer.placed(weights)
     total = trainer.length(weights)
     ends = [time.perf_counter()]
     for _ in trainer.states(weights, range(1, min(STEPS, total) + 1)):
