@@ -289,9 +289,14 @@ def _source_seconds(f: Facts) -> float:
 
 
 def _stacked_seconds(f: Facts, halves: int) -> float:
-    """The trainings, and a fit and a pass at one state of each segment of each member."""
+    """The trainings, and a fit and a pass at one state of each segment of each member.
+
+    A query that has gone through a segment is no product of few numbers any more: each of its p
+    meets each example, in float32.
+    """
     fit = _ekfac_seconds(f, 4, besides=AGAIN)
-    return FIRST + halves * (f.half_seconds + SEGMENTS * fit)
+    dense = f.queries * f.parameters * f.examples / (2 * f.products_per_second)
+    return FIRST + halves * (f.half_seconds + SEGMENTS * (fit + dense))
 
 
 def _ends_seconds(f: Facts, halves: int) -> float:
