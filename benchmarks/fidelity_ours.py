@@ -197,10 +197,10 @@ def only_large_networks(problem: Problem) -> str | None:
     return "its p × p matrix is factorized instead" if size(problem) <= EXACT_SIZE else None
 
 
-def retrained(name: str, method: uw.Method, settings: str) -> Contender:
+def retrained(name: str, method: Callable[[Problem], uw.Method], settings: str) -> Contender:
     return Contender(
         f"upweight {name}",
-        lambda problem, folder: Retraining(problem, folder, method),
+        lambda problem, folder: Retraining(problem, folder, method(problem)),
         "upweight",
         settings,
         lambda problem: "trained to its minimum" if convex(problem) else None,
@@ -230,36 +230,49 @@ def roughly(problem: Problem) -> uw.Influence:
     return uw.Influence(uw.GGN(), by_cg, usual(problem))
 
 
+def beside_ggn(problem: Problem, halves: int) -> uw.Stacked:
+    """What `uw.attribute` stacks where there is time: the GGN of the model as one more method."""
+    plain = by_segment(halves)
+    return replace(plain, methods=(*plain.methods, roughly(problem)))
+
+
 RETRAINED = (
     retrained(
         "EK-FAC, 10 seeds",
-        uw.Ensemble(uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)), 10),
+        lambda problem: uw.Ensemble(uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)), 10),
         "Ensemble of 10 models: 10 trainings",
     ),
     retrained(
         "EK-FAC, calibrated",
-        uw.Stacked((uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)),), 40, by_layer=False),
+        lambda problem: uw.Stacked(
+            (uw.Influence(uw.EKFAC(), damping=uw.Relative(0.1)),), 40, by_layer=False
+        ),
         "one factor, fitted to 40 halves: 20 trainings",
     ),
-    retrained("stacked, 10 halves", stacked(10), "EK-FAC of halves by layer: 5 trainings"),
     retrained(
-        "stacked SOURCE, 10 halves",
-        by_segment(10),
-        "SOURCE of halves by third, all members: 5 trainings",
+        "stacked, 10 halves",
+        lambda problem: stacked(10),
+        "EK-FAC of halves by layer: 5 trainings",
     ),
-    retrained(
-        "stacked SOURCE, 16 halves",
-        by_segment(16),
-        "SOURCE of halves by third, all members: 8 trainings",
+    *(
+        retrained(
+            f"stacked SOURCE, {halves} halves",
+            lambda problem, halves=halves: by_segment(halves),
+            f"SOURCE of halves by third, all members: {halves // 2} trainings",
+        )
+        for halves in (10, 16, 40)
     ),
-    retrained(
-        "stacked SOURCE, 40 halves",
-        by_segment(40),
-        "SOURCE of halves by third, all members: 20 trainings",
+    *(
+        retrained(
+            f"stacked SOURCE, {halves} halves, beside the GGN",
+            lambda problem, halves=halves: beside_ggn(problem, halves),
+            f"the same, and GGN() of the model by CG to a tenth: {halves // 2} trainings",
+        )
+        for halves in (10, 16, 40)
     ),
     retrained(
         "datamodels on stacked SOURCE, 160 halves",
-        corrected(160),
+        lambda problem: corrected(160),
         "ridge on what stacked SOURCE leaves: 80 trainings",
     ),
 )

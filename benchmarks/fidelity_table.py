@@ -109,7 +109,11 @@ def markdown(report: Row, column: str, labels: Sequence[str]) -> str:
     return in_lines(lines)
 
 
-STACKED = {halves: f"upweight stacked SOURCE, {halves} halves" for halves in (10, 16, 40)}
+STACKED = {
+    (halves, beside): f"upweight stacked SOURCE, {halves} halves{beside}"
+    for beside in ("", ", beside the GGN")
+    for halves in (10, 16, 40)
+}
 WANTED = 0.9
 """Of the ceiling, with the slope of removals within `SIZED`."""
 WANTED_OF = {"spam-mlp": 0.7}
@@ -118,19 +122,21 @@ SIZED = (0.8, 1.25)
 
 def stacked(report: Row) -> str:
     """The stacks over halves: what they rank, and their whole time beside the trainings in it."""
-    head = ["task", "halves", "trainings", "whole time, ≈ trainings", "LDS", "of the ceiling"]
+    head = ["task", "halves", "GGN", "trainings", "whole time, trainings", "LDS", "of the ceiling"]
     lines = [[*head, "slope of removals"], ["---"] * (len(head) + 1)]
     for name, task in report["tasks"].items():
-        rows = {h: task["methods"].get(label, {}) for h, label in STACKED.items()}
-        rows = {h: row for h, row in rows.items() if row.get("status") == "ok"}
-        first = next((h for h, row in rows.items() if reached(name, row)), None)
-        for halves, row in rows.items():
+        rows = {key: task["methods"].get(label, {}) for key, label in STACKED.items()}
+        rows = {key: row for key, row in rows.items() if row.get("status") == "ok"}
+        first = min((key for key, row in rows.items() if reached(name, row)), default=None)
+        for (halves, beside), row in rows.items():
             lds, top = row[HALVES]["loss"]["lds"], row[HALVES]["loss"]["ceiling"]
             slope = row["removals"]["loss"]["slope"]
-            found = [name, str(halves), f"{halves / 2:g}", whole(task, rows, halves)]
+            took = short(row["cpu_seconds"] / task["training_seconds"])
+            found = [name, str(halves), "beside" if beside else "–", f"{halves / 2:g}", took]
             shares = [x / top[0] for x in lds]
             found += [within(lds), f"{within(shares, 3)} of {top[0]:.2f}", within(slope)]
-            lines.append([f"**{cell}**" if halves == first else cell for cell in found])
+            is_first = (halves, beside) == first
+            lines.append([f"**{cell}**" if is_first else cell for cell in found])
     return in_lines(lines)
 
 
@@ -138,15 +144,6 @@ def reached(name: str, row: Row) -> bool:
     lds, top = row[HALVES]["loss"]["lds"][0], row[HALVES]["loss"]["ceiling"][0]
     slope = row["removals"]["loss"]["slope"][0]
     return bool(lds >= WANTED_OF.get(name, WANTED) * top and SIZED[0] <= slope <= SIZED[1])
-
-
-def whole(task: Row, rows: dict[int, Row], halves: int) -> str:
-    """In trainings of the model: as many halves at the least that one took in any row of the task.
-
-    In plain epochs, which were timed beside the row or the training: other work slows both.
-    """
-    least = min(row["plain_epochs"] / h for h, row in rows.items())
-    return short(halves * least * task["epoch_seconds"] / task["training_seconds"])
 
 
 def within(value: Sequence[float], digits: int = 2) -> str:

@@ -230,6 +230,9 @@ WORDS: Mapping[str, Words] = {
             "stacked SOURCE, 10 halves",
             "stacked SOURCE, 16 halves",
             "stacked SOURCE, 40 halves",
+            "stacked SOURCE, 10 halves, beside the GGN",
+            "stacked SOURCE, 16 halves, beside the GGN",
+            "stacked SOURCE, 40 halves, beside the GGN",
         ),
     ),
     "Datamodels": Words(

@@ -159,6 +159,7 @@ def test_scores_and_what_is_kept_of_them(spec, tmp_path):
     if tokens is not None:
         close(tokens.shares.sum(dim=2) + tokens.rest, values[:, [2, 0]])
     own = answer(fitted.self_influence)
+    assert (".self_influence()" in repr(fitted)) == (own is not None)
     if own is not None:
         close(own, fitted.attribute(train).values.diagonal())
 

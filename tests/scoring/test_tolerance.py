@@ -141,7 +141,7 @@ class Halves(nn.Module):
         return self.head(torch.relu(self.shared(x.unflatten(1, (2, 392)))).sum(dim=1))
 
 
-@pytest.mark.parametrize("tolerance", [0.05, 0.02])
+@pytest.mark.parametrize("tolerance", [0.05, 0.02, 0.01])
 def test_a_wide_layer_at_few_positions_is_multiplied_in_pairs(tolerance):
     _, (X, y), (x, wanted) = digits()
     torch.manual_seed(0)
@@ -157,7 +157,9 @@ def test_a_wide_layer_at_few_positions_is_multiplied_in_pairs(tolerance):
     scores, exact = (at(fitted, t).attribute((x, wanted)) for t in (tolerance, 0))
     error = (scores.values - exact.values).norm(dim=1) / exact.values.norm(dim=1)
     assert float(error.square().mean().sqrt()) <= RMS * tolerance
-    assert "products" in scores.provenance.health["contraction"]["shared.weight"]
+    # At a hundredth products and the block in full cost about the same.
+    words = scores.provenance.health["contraction"]["shared.weight"]
+    assert tolerance == 0.01 or "products" in words
 
 
 def test_every_token_that_some_query_has_counts():

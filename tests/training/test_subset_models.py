@@ -178,3 +178,43 @@ def test_runs_that_trained_together_are_found_again(tmp_path):
         for t in one.kept:
             pairs = zip(one.states[t].tensors, other.states[t].tensors, strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_run_that_diverges_is_refused_before_it_is_kept(tmp_path):
+    diverging, data = replace(RECIPE, optimizer=uw.SGD(1e200)), uw.as_data((X, Y))
+    with pytest.raises(NotConverged, match="NaN or infinite"):
+        uw.training.subset_models(
+            diverging, TASK, data, 4, seeds=4, at=(0.5,), runs=True,
+            resources=uw.Resources(folder=tmp_path),
+        )  # fmt: skip
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_models_that_draw_are_recorded_alone():
+    """Dropout of one seed: with the same masks for all it could not be replayed on a GPU."""
+    recipe = uw.Training(lambda: Noisy(0.1), uw.SGD(0.1), epochs=2, batch=4)
+    task, data = uw.Task(Noisy(0.1), uw.SquaredError()), uw.as_data((X, Y))
+    own = [replace(recipe, seed=k) for k in range(2)]
+    group = torch.arange(6) % 2
+    for replayed, most in ((False, 3), (True, 1)):
+        chunks = list(seeds.rows_together(own, task, data, group, replayed=replayed))
+        assert max(len(rows) for _, rows in chunks) == most
+        assert not any(isinstance(trainer, seeds.SeveralSeeds) for trainer, _ in chunks)
+
+
+def test_as_many_train_at_once_as_have_their_batches_in_the_cache(monkeypatch):
+    """Each of several seeds has its own; of one seed they share theirs."""
+    task, data = TASK, uw.as_data((X, Y))
+    own, group = [replace(RECIPE, seed=k) for k in range(6)], torch.arange(6)
+    held = 4 * (3 + 1) * 8  # a batch in float64
+    monkeypatch.setattr(seeds, "CACHE_BYTES", 3 * held + 1)
+    monkeypatch.setattr(seeds, "_is_small", lambda trainer: True)
+    chunks = [rows.tolist() for _, rows in seeds.rows_together(own, task, data, group)]
+    assert chunks == [[0, 1, 2], [3, 4, 5]]
+    ((_, rows),) = seeds.rows_together(own[:1], task, data, torch.zeros(6).long())
+    assert len(rows) == 6
+    monkeypatch.undo()
+    monkeypatch.setattr(seeds, "CACHE_BYTES", 31 * 8 - 1)  # of the model's 21 numbers and more
+    assert seeds._is_small(own[0].prepare(task, data))
+    monkeypatch.setattr(seeds, "CACHE_BYTES", 21 * 8 - 1)
+    assert not seeds._is_small(own[0].prepare(task, data))

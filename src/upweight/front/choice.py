@@ -376,6 +376,7 @@ def _with_ggn(row: Row) -> Row:
         lambda f: row.seconds(f) + _cg_seconds(f, ROUGH_PRODUCTS),
         # A predictor of each layer, and what CG keeps.
         lambda f: row.bytes(f) + 8.0 * f.layers * f.queries * f.examples + _cg_bytes(f),
+        f"{row.measured_as}, beside the GGN" if row.measured_as else "",
     )
 
 

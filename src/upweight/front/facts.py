@@ -154,7 +154,10 @@ def beside_others(recipe: Training, task: Task, train: Data) -> float:
     trainer, together = next(rows_together(recipes, task, train, rows))
     if len(together) == 1 or not isinstance(trainer, TrainingTrainer):
         return math.inf
-    return _run_seconds(trainer, halves[together]) / len(together)
+    try:
+        return _run_seconds(trainer, halves[together]) / len(together)
+    except RuntimeError:  # no memory for so many
+        return math.inf
 
 
 def _run_seconds(trainer: TrainingTrainer, weights: Float[Tensor, "*s n"]) -> float:

@@ -80,7 +80,7 @@ class Eigen(SymmetricOperator):
     def mv(self, v: Float[Tensor, "*k p"]) -> Float[Tensor, "*k p"]:
         self.check(v)
         array = v.reshape(*v.shape[:-1], *self.values.shape)
-        return self.unrotated(self.rotated(array) * self.values).reshape(v.shape).clone()
+        return self.unrotated(self.rotated(array) * self.values).reshape(v.shape)
 
     def trace(self) -> Float[Tensor, ""]:
         return self.values.sum()

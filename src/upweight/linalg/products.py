@@ -23,12 +23,13 @@ NARROW = 128
 def product(
     a: Float[Tensor, "*k m"], b: Float[Tensor, "m n"], plus: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "*k n"]:
-    """a @ b + plus; not contiguous where its rows are longer than n."""
+    """a @ b, with `plus` added to each row; its rows may lie further apart than n numbers."""
     (*rows, m), n = a.shape, b.shape[1]
     plain = a.dtype != torch.float32 or a.device.type != "cpu" or n <= NARROW or n % LINE == 0
     if plain or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
-        found = a @ b
-        return found if plus is None else found.add_(plus)
+        if plus is None:
+            return a @ b
+        return torch.addmm(plus, a.reshape(-1, m), b).view(*rows, n)
     room = a.new_empty(math.prod(rows), -(-n // LINE) * LINE)[:, :n]
     flat = a.reshape(-1, m)
     if plus is None:

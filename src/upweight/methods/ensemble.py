@@ -83,6 +83,13 @@ class Ensemble(Method):
                 "a share in percent.",
                 "Ensemble(method, members=10, fraction=0.5).",
             )
+        if self.method.of_all_data and self.fraction != 1:
+            raise SpecError(
+                f"{type(self.method).__name__} differentiates training on all of the data.",
+                f"fraction={self.fraction!r}, models of subsets.",
+                "members that are cheaper to train, or are those of a stack.",
+                f"Ensemble({self.method!r}, members={self.members}), whose members differ by seed.",
+            )
         if self.method.takes_run and self.at != 1:
             raise SpecError(
                 "A method that looks at training is fitted where training ends.",

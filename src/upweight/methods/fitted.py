@@ -104,13 +104,18 @@ class Fitted:
         """What it is in a line, and what else is known of it."""
         n, p = count(len(self.train), "training example"), count(self.task.layout.size, "parameter")
         took = f"{self.seconds['fit']:.2g} s" if "fit" in self.seconds else "not told"
-        verbs = ".attribute(queries), .removal(queries), .self_influence(), .check(recipe)"
         derives = self.spec.unit is Unit.DERIVATIVE
+        verbs = {
+            ".attribute(queries)": True,
+            ".removal(queries)": derives,
+            ".self_influence()": self.scorer.has_self_influence,
+            ".check(recipe)": derives,
+        }
         about = {
             "method": in_short(self.spec),
             "task": f"{in_short(self.task.loss)}, {in_short(self.task.penalty)}; {self.looked_at}",
             "fit": took + (f"; {count(len(self.notes), 'note')} in .notes" if self.notes else ""),
-            "next": verbs if derives else ".attribute(queries), .self_influence()",
+            "next": ", ".join(verb for verb, is_offered in verbs.items() if is_offered),
         }
         return f"Fitted: {n}, {p}, {self.task.layout.dtype}".replace("torch.", ""), about
 

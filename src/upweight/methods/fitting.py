@@ -185,7 +185,7 @@ class Fitting:
     def once(self, what: Any, of: object, learn: Callable[[], T]) -> T:
         """What was learned before of the same object, if it is to be shared; else `learn()`."""
         for known, source, found in self.learned or ():
-            if known == what and source is of:
+            if source is of and known == what:
                 return found  # type: ignore[no-any-return]
         found = learn()
         if self.learned is not None:

@@ -80,6 +80,7 @@ class MAGIC(Method):
 
     takes_history = True
     takes_run = True
+    of_all_data = True
     unit = Unit.DERIVATIVE
 
     def __post_init__(self) -> None:
@@ -149,6 +150,8 @@ class MagicScorer(Scorer):
         )
         for first, (rows,) in gradients_in_groups(asked, together, lambda q: (source.rows_of(q),)):
             yield MagicJob(self, first, rows)
+
+    has_self_influence = False
 
     def self_influence(self) -> Float[Tensor, " n"]:
         raise NotOffered(

@@ -35,6 +35,9 @@ class Method(abc.ABC):
     takes_run: ClassVar[bool] = False
     """Whether its history is one run of training that ended at the model."""
 
+    of_all_data: ClassVar[bool] = False
+    """Whether that run must be of all of the data, each with weight 1."""
+
     goes_by_layer: bool = False
     """Whether it needs θ a layer at a time only, so that each process may have a part of it."""
 

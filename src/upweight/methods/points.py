@@ -195,6 +195,10 @@ class AddedScorers(SeveralScorers):
         return {**found[0], "queries_together": max(1, together)}
 
     @property
+    def has_self_influence(self) -> bool:
+        return all(scorer.has_self_influence for scorer in self.scorers)
+
+    @property
     def is_quick_of_itself(self) -> bool:
         return all(scorer.is_quick_of_itself for scorer in self.scorers)
 

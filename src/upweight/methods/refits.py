@@ -168,6 +168,8 @@ class _RefitScorer(Scorer):
     def health(self) -> dict[str, Any]:
         return {"trainings": self.trainings}
 
+    has_self_influence = False
+
     def self_influence(self) -> Float[Tensor, " n"]:
         raise NotOffered(
             "self_influence() needs scores that are sums over parameters.",

@@ -221,6 +221,11 @@ class Scorer(abc.ABC):
         return None
 
     @property
+    def has_self_influence(self) -> bool:
+        """Whether `self_influence` is offered."""
+        return type(self).self_influence is not Scorer.self_influence
+
+    @property
     def is_quick_of_itself(self) -> bool:
         """Whether `self_influence` takes about one pass over the training data."""
         return False
@@ -441,6 +446,10 @@ class BlockScorer(Scorer):
             self.at_once,
             total=None if self.owed is None else self.owed(queries, measure),
         )
+
+    @property
+    def has_self_influence(self) -> bool:
+        return self.diagonal is not None
 
     def self_influence(self) -> Float[Tensor, " n"]:
         return super().self_influence() if self.diagonal is None else self.diagonal()

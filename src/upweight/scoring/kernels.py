@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.gradients.factored import Factors, Lookups, Rows, Tokens, stacked
+from upweight.gradients.factored import Factors, Formed, Lookups, Rows, Tokens, stacked
 
 CHUNK_BYTES = 32 * 2**20
 """Memory for gradients [b, o, i] formed at once; more would leave the processor's cache."""
@@ -68,7 +68,7 @@ class Explicit(Kernel):
     def add_all(self, scores: Float[Tensor, "q b"], parts: Sequence[Factors]) -> None:
         # V_q is read from memory once per product: small batches are multiplied together.
         _, o, i = self.vectors.shape
-        if all(self._goes_by_rows(part) for part in parts):
+        if parts and all(self._goes_by_rows(part) for part in parts):
             self._add_by_rows(scores, stacked(parts))
             return
         flat = self.vectors.flatten(1)
@@ -102,25 +102,30 @@ class Explicit(Kernel):
         with vectors in a shorter dtype: V_q aᵢ would be rounded to it once more.
         """
         q, _, i = self.vectors.shape
-        if not isinstance(part, Tokens) or isinstance(part, Lookups):
+        if not isinstance(part, Tokens) or isinstance(part, Lookups | Formed):
             return False
         return part.positions == 1 and part.dtype == self.vectors.dtype and q <= 2 * i
 
     def _add_by_rows(self, scores: Float[Tensor, "q b"], part: Factors) -> None:
-        """δᵢᵀ (V_q aᵢ), for some queries at a time."""
+        """δᵢᵀ (V_q aᵢ), for some queries and examples at a time."""
         assert isinstance(part, Tokens)
-        ends = self.bias
-        left, right = part.left[:, 0].mT, part.right[:, 0].mT  # [o, b], [i, b]
-        if ends is not None:
-            right = right[:-1]
-        q, _, i = self.vectors.shape
-        size = max(1, ROW_BYTES // max(1, left.numel() * left.element_size()))
-        for start in range(0, q, size):
-            rows = slice(start, start + size)
-            products = (self.vectors[rows].reshape(-1, i) @ right).reshape(-1, *left.shape)
-            if ends is not None:
-                products += ends[rows, :, None]
-            scores[rows] += products.mul_(left).sum(dim=1)
+        q, o, i = self.vectors.shape
+        room = ROW_BYTES if scores.device.type == "cpu" else CHUNK_BYTES
+        each = o * self.vectors.element_size()
+        most = max(1, CHUNK_BYTES // max(1, each))
+        for first in range(0, len(part), most):
+            columns = slice(first, min(first + most, len(part)))
+            left, right = part.left[columns, 0].mT, part.right[columns, 0].mT  # [o, b], [i, b]
+            if self.bias is not None:
+                right = right[:-1]
+            size = max(1, room // max(1, each * left.shape[1]))
+            for start in range(0, q, size):
+                rows = slice(start, min(start + size, q))
+                flat = self.vectors[rows].reshape((rows.stop - start) * o, i) @ right
+                products = flat.reshape(rows.stop - start, *left.shape)
+                if self.bias is not None:
+                    products += self.bias[rows, :, None]
+                scores[rows, columns] += products.mul_(left).sum(dim=1)
 
 
 @dataclass(frozen=True, eq=False)

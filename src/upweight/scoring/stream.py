@@ -172,7 +172,7 @@ def of_vectors(
         index = block.block.index(layout).to(rows.device)
         part = rows[:, index].reshape(len(rows), *block.eigen.values.shape).to(block.eigen.values)
         inverse = block.inverse()
-        vectors = inverse.unrotated(inverse.rotated(part) * inverse.values)
+        vectors = inverse.unrotated(inverse.rotated(part) * inverse.values).contiguous()
         queries.append(SolvedQueries(vectors, vectors[:0]))
         kernels.append(OfVector(vectors) if vectors.ndim == 2 else Explicit(vectors))
     words = ("in full",) * len(kernels)

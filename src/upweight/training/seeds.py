@@ -13,17 +13,21 @@ from dataclasses import dataclass, fields, replace
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from upweight.task.data import Data
 from upweight.task.recipe import Recipe, Trainer
 from upweight.task.task import Task
 from upweight.training.steps import Step, TrainingState
-from upweight.training.trainer import TrainingTrainer
+from upweight.training.trainer import CACHE_BYTES, TrainingTrainer
+
+ROUNDING = 64
+"""How many ε of its largest entry two gradients may be apart that are the same computation."""
 
 
 @dataclass(frozen=True, eq=False)
 class SeveralSeeds(TrainingTrainer):
-    """w ↦ θ(w), each row by a trainer of its own; the rows keep equally many examples."""
+    """w ↦ θ(w), each row by a trainer of its own; all rows have equally many examples."""
 
     each: tuple[TrainingTrainer, ...] = ()
 
@@ -34,6 +38,7 @@ class SeveralSeeds(TrainingTrainer):
         return cls(**own, each=tuple(each))
 
     def start(self, *models: int) -> TrainingState:
+        assert models == (len(self.each),)
         theta = torch.stack([trainer.task.theta() for trainer in self.each])
         return TrainingState(theta, self.spec.optimizer.init(theta))
 
@@ -47,7 +52,12 @@ class SeveralSeeds(TrainingTrainer):
 
 
 def rows_together(
-    recipes: Sequence[Recipe], task: Task, train: Data, group: Int[Tensor, " s"]
+    recipes: Sequence[Recipe],
+    task: Task,
+    train: Data,
+    group: Int[Tensor, " s"],
+    *,
+    replayed: bool = False,
 ) -> Iterator[tuple[Trainer, Int[Tensor, " k"]]]:
     """Trainers, and the rows that each is to train in one call.
 
@@ -55,26 +65,33 @@ def rows_together(
         recipes: One per seed.
         task: What is trained.
         train: On what.
-        group: Of which seed each row is.
+        group: Of which seed each row is. Where there are several, rows have equally many examples.
+        replayed: Whether steps are to be taken again, one model at a time: models that draw then
+            train alone, since on a GPU `vmap` draws others.
     """
     first = recipes[0].prepare(task, train)
-    if isinstance(first, TrainingTrainer) and len(recipes) > 1 and first.at_once > 1:
+    size = max(1, first.at_once)
+    if isinstance(first, TrainingTrainer) and size > 1:
         # Models of one seed have the same batches, unless absent examples are left out: shared
         # batches are quicker than models of other seeds beside them.
-        apart = first.spec.skip_absent or len(recipes) == len(group)
-        trainers = [first]
-        if apart and not _draws(first):
-            trainers += [_prepared(recipe, task, train) for recipe in recipes[1:]]
-        if len(trainers) == len(recipes) and _are_alike(trainers):
-            rows = torch.arange(len(group))
-            for chunk in torch.tensor_split(rows, -(-len(rows) // first.at_once)):
-                own = [trainers[k] for k in group[chunk].tolist()]
-                yield (SeveralSeeds.of(own) if len(own) > 1 else own[0]), chunk
-            return
+        apart = first.spec.skip_absent or (1 < len(recipes) == len(group))
+        draws = _draws(first)
+        if draws and replayed:
+            size = 1
+        elif apart:
+            size = min(size, _batches_in_cache(first))
+        if len(recipes) > 1 and size > 1 and apart and not draws and _is_small(first):
+            trainers = [first, *(_prepared(recipe, task, train) for recipe in recipes[1:])]
+            if _are_alike(trainers):
+                rows = torch.arange(len(group))
+                for chunk in torch.tensor_split(rows, -(-len(rows) // size)):
+                    own = [trainers[k] for k in group[chunk].tolist()]
+                    yield (SeveralSeeds.of(own) if len(own) > 1 else own[0]), chunk
+                return
     for k, recipe in enumerate(recipes):
         trainer = first if k == 0 else recipe.prepare(task, train)
         rows = (group == k).nonzero()[:, 0]
-        for chunk in torch.tensor_split(rows, -(-len(rows) // max(1, trainer.at_once))):
+        for chunk in torch.tensor_split(rows, -(-len(rows) // size)):
             yield trainer, chunk
 
 
@@ -82,6 +99,21 @@ def _prepared(recipe: Recipe, task: Task, train: Data) -> TrainingTrainer:
     trainer = recipe.prepare(task, train)
     assert isinstance(trainer, TrainingTrainer)
     return trainer
+
+
+def _batches_in_cache(trainer: TrainingTrainer) -> int:
+    """How many models may have a batch each: as many as the processor's cache holds."""
+    few = torch.arange(min(trainer.spec.batch, len(trainer.train)))
+    leaves = tree_leaves(trainer.train.take(few))
+    held = sum(x.nbytes for x in leaves if isinstance(x, Tensor))
+    return max(1, CACHE_BYTES // max(1, held))
+
+
+def _is_small(trainer: TrainingTrainer) -> bool:
+    """Whether a copy of the model for each seed is nothing: its frozen weights are copied too."""
+    model = trainer.task.model
+    held = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    return held <= CACHE_BYTES
 
 
 def _one(trainer: TrainingTrainer) -> Step:
@@ -94,14 +126,14 @@ def _draws(trainer: TrainingTrainer) -> bool:
     """Whether a step draws anything, as dropout does."""
     device, step = trainer.task.layout.device, _one(trainer)
 
-    def generator() -> Tensor:
-        on_gpu = device.type == "cuda"
-        return torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+    def generators() -> list[Tensor]:
+        own = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return [torch.get_rng_state(), *own]
 
     with trainer.drawing(step):
-        before = generator()
+        before = generators()
         trainer.gradient(step, _leaves(trainer))  # from the same seed again
-        return not torch.equal(generator(), before)
+        return not all(map(torch.equal, generators(), before))
 
 
 def _are_alike(trainers: Sequence[TrainingTrainer]) -> bool:
@@ -110,8 +142,10 @@ def _are_alike(trainers: Sequence[TrainingTrainer]) -> bool:
     for trainer in trainers[1:]:
         params, step = _leaves(trainer), _one(trainer)
         with trainer.drawing(step):
-            pairs = zip(trainer.gradient(step, params), first.gradient(step, params), strict=True)
-            if not all(torch.equal(a, b) for a, b in pairs):
+            own, same = (each.gradient(step, params) for each in (trainer, first))
+        for a, b in zip(own, same, strict=True):
+            most = ROUNDING * torch.finfo(a.dtype).eps * a.abs().max()
+            if not bool(((a - b).abs() <= most).all()):
                 return False
     return SeveralSeeds.of(trainers[:2]).refusal() is None
 

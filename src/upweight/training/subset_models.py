@@ -48,7 +48,7 @@ class SubsetModels:
         theta: Parameters, by the share of the training at which they were taken.
         group: Which seed of the recipe each was trained from, as 0, 1, …
         fraction: Of the data, what each was trained on.
-        runs: The training of each, where it was kept.
+        runs: The training of each, where it was kept; replayed to rounding.
         others: What of each is no part of θ and another than the task's, as in `Trained`. Empty
             where no model has any.
     """
@@ -149,7 +149,7 @@ def subset_models(
     using = Resources() if resources is None else resources
     models = Kept.of(using, lambda: training_identity(recipe, task, train))
     for trainer, chunk in rows_together(
-        [reseeded(recipe, k) for k in range(seeds)], task, train, group
+        [reseeded(recipe, k) for k in range(seeds)], task, train, group, replayed=runs
     ):
         own, key = weights[chunk], f"seeds {[APART + k for k in group[chunk].tolist()]}"
         if runs:
@@ -189,7 +189,7 @@ def _runs(
 
     def make() -> dict[str, Tensor]:
         found = enumerate(recorded_together(trainer, placed, every))
-        return {f"{row}.{name}": x for row, run in found for name, x in packed(run.states).items()}
+        return {f"{row}.{name}": x for row, states in found for name, x in packed(states).items()}
 
     made = models.once(f"runs of {key}", weights, make)
     each = trainer.each if isinstance(trainer, SeveralSeeds) else (trainer,) * len(weights)

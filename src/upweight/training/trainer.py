@@ -96,7 +96,7 @@ class TrainingTrainer:
                 failures |= dict.fromkeys(rows.tolist(), "every example has weight 0")
                 continue
             for chunk in torch.tensor_split(rows, -(-len(rows) // self.at_once)):
-                # One model trains by itself: so it does where its steps are recorded.
+                # One model trains by itself: so it does where a trajectory is recorded.
                 some = weights[chunk[0]] if len(chunk) == 1 else weights[chunk]
                 theta[chunk], diverged = self._trained(some)
                 failures |= {int(chunk[k]): reason for k, reason in diverged.items()}

@@ -4,7 +4,7 @@
 
 What a step does (batch, weights, learning rate, seed) is known without training, and costs nothing
 to hold. Of the states some are kept: the first, the last, and those that were asked for. Any other
-is replayed from the nearest before it; to rounding, where a model was trained beside others.
+is replayed from the nearest before it.
 
 How estimators use it, for a trajectory h:
 
@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight._typing import Folder
-from upweight.errors import NotConverged, ShapeError, SpecError
+from upweight.errors import NotConverged, ShapeError, SpecError, message
 from upweight.runtime.fingerprint import digest
 from upweight.runtime.store import Store
 from upweight.runtime.versions import library_versions
@@ -120,7 +120,8 @@ class Trajectory:
         """Each of the steps begin … end − 1 with the state before it, by taking them again.
 
         To the same bits as the run itself, with the same number of threads (on a GPU, with
-        deterministic kernels).
+        deterministic kernels); to rounding where the model was trained beside others, as those of
+        `subset_models(…, runs=True)` may be.
         """
         end = self._end(begin, end)
         if begin < end:
@@ -191,27 +192,38 @@ def recorded(
     states = {state.step: state for state in trainer.states(w, wanted)}
     found = Trajectory(trainer, w, states)
     if not bool(found.theta.isfinite().all()):
-        raise NotConverged(
-            "Training must end in finite parameters.",
-            f"{trainer.spec!r}, whose parameters became NaN or infinite.",
-            "a learning rate that is too large, or NaN in the data.",
-            "lower the learning rate.",
-            solution=found,
-        )
+        raise NotConverged(_diverged(trainer), solution=found)
     return found
+
+
+def _diverged(trainer: TrainingTrainer) -> str:
+    return message(
+        "Training must end in finite parameters.",
+        f"{trainer.spec!r}, whose parameters became NaN or infinite.",
+        "a learning rate that is too large, or NaN in the data.",
+        "lower the learning rate.",
+    )
 
 
 def recorded_together(
     trainer: TrainingTrainer, weights: Float[Tensor, "s n"], every: int | Sequence[int] | None
-) -> list[Trajectory]:
-    """The same for rows that train at once; what `recorded` raises of one is left to the caller."""
+) -> list[dict[int, TrainingState]]:
+    """The states of each of some models that train at once.
+
+    Raises:
+        NotConverged: The parameters of one became NaN or infinite.
+    """
     if len(weights) == 1:
-        return [recorded(trainer, weights[0], every)]
+        return [dict(recorded(trainer, weights[0], every).states)]
     kept: list[dict[int, TrainingState]] = [{} for _ in weights]
-    for state in trainer.states(weights, _chosen(every, trainer.length(weights))):
+    total = trainer.length(weights)
+    for state in trainer.states(weights, _chosen(every, total)):
         for states, own in zip(kept, state.by_model(), strict=True):
             states[state.step] = own
-    return [Trajectory(trainer, w, states) for w, states in zip(weights, kept, strict=True)]
+    for states in kept:
+        if not bool(states[total].theta.isfinite().all()):
+            raise NotConverged(_diverged(trainer), solution=states)
+    return kept
 
 
 def read(trainer: TrainingTrainer, folder: Folder) -> Trajectory:
