@@ -131,7 +131,8 @@ def stacked(report: Row) -> str:
         for (halves, beside), row in rows.items():
             lds, top = row[HALVES]["loss"]["lds"], row[HALVES]["loss"]["ceiling"]
             slope = row["removals"]["loss"]["slope"]
-            took = short(row["cpu_seconds"] / task["training_seconds"])
+            cpu = row.get("cpu_seconds")
+            took = "–" if cpu is None else short(cpu / task["training_seconds"])
             found = [name, str(halves), "beside" if beside else "–", f"{halves / 2:g}", took]
             shares = [x / top[0] for x in lds]
             found += [within(lds), f"{within(shares, 3)} of {top[0]:.2f}", within(slope)]

@@ -71,20 +71,22 @@ def test_the_tables_of_the_pages_are_those_of_the_benchmark(made):
 def test_the_time_of_a_stack_is_that_of_its_attribution_too(made):
     quoted, _, _ = made
 
-    def row(lds, epochs):
+    def row(lds, cpu_seconds):
         ranked = {"lds": [lds, lds - 0.1, lds + 0.1], "ceiling": [0.8, 0.7, 0.9]}
         return {
             "status": "ok",
-            "plain_epochs": epochs,
+            "cpu_seconds": cpu_seconds,
             "removals": {"loss": {"slope": [1.0, 0.9, 1.1]}},
             quoted.HALVES: {"loss": ranked},
         }
 
-    methods = {quoted.STACKED[10]: row(0.6, 300.0), quoted.STACKED[40]: row(0.76, 5000.0)}
-    task = {"epoch_seconds": 0.1, "training_seconds": 2.0, "methods": methods}
+    alone, beside = "upweight stacked SOURCE, 10 halves", "upweight stacked SOURCE, 40 halves"
+    methods = {alone: row(0.6, 30.0), f"{beside}, beside the GGN": row(0.76, 120.0)}
+    task = {"training_seconds": 2.0, "methods": methods}
     _, _, ten, forty = quoted.stacked({"tasks": {"a task": task}}).splitlines()
-    assert "| 5 | 15 | 0.60 [0.50, 0.70] | 0.750 [0.625, 0.875] of 0.80 |" in ten
-    assert "| **20** | **60** |" in forty  # the first that reaches 0.9 of the ceiling
+    assert "| – | 5 | 15 | 0.60 [0.50, 0.70] | 0.750 [0.625, 0.875] of 0.80 |" in ten
+    # The first that reaches 0.9 of the ceiling.
+    assert "| **beside** | **20** | **60** |" in forty
 
 
 def test_what_a_plan_quotes_is_that_of_the_benchmark(made):

@@ -143,8 +143,8 @@ class SOURCE(Method):
                 "leave discrete out: the flow takes momentum as η/(1 − μ), and Adam's scale.",
             )
         fitting.checked_losses()
-        reached, parts = rates(history), []
-        moved = reached * factors(history)
+        parts = []
+        reached, moved = fitting.once("rates", fitting.history, partial(_rates, history))
         notes = [
             *decay_notes(history, fitting.task),
             *unused_notes(history, len(fitting.data)),
@@ -252,6 +252,12 @@ class SOURCE(Method):
             made.add_to(matrix, 1 / len(thetas))
             notes = (*notes, *made.notes)
         return (matrix + matrix.mT) / 2, notes
+
+
+def _rates(history: History) -> tuple[Tensor, Tensor]:
+    """How far each step moved θ_T by its penalty and, with the factors of its losses, by these."""
+    reached = rates(history)
+    return reached, reached * factors(history)
 
 
 def _trained_on(fitting: Fitting, history: History) -> Data:
