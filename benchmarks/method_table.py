@@ -356,7 +356,8 @@ DRAWN = """\
 
 Seconds of fit and scores of all queries, trainings included, divided by those of one plain epoch in
 full batches. Blue circles are ours, open squares the peers' on the same truth; bars are the
-intervals of the table. Pale: {shared} of {ours} points of ours and {peers_shared} of {peers} of the
+intervals of the table. *10 halves* is SOURCE of as many, stacked, and *+ GGN* with the GGN of the model
+beside. Pale: {shared} of {ours} points of ours and {peers_shared} of {peers} of the
 peers' are of wall time on a machine that did other work (`shared` in the result), and may lie
 several times too far to the right; the others are of an idle machine, or of CPU seconds. The dashed
 line is the ceiling with its interval. The steps join what is better than all that is cheaper by
@@ -435,6 +436,10 @@ def fidelity_rows(results: Mapping[str, Any], linked: Mapping[str, str]) -> list
     return lines
 
 
+APART = (4.0, 0.05)
+"""Names in the chart are so many times in cost, or so much LDS, from each other."""
+
+
 def best_for_price(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
     """Of (cost, LDS, name), those that are better than every cheaper one by `GAIN`."""
     found: list[tuple[float, float, str]] = []
@@ -442,6 +447,21 @@ def best_for_price(points: Sequence[tuple[float, float, str]]) -> list[tuple[flo
         if not found or point[1] > found[-1][1] + GAIN:
             found.append(point)
     return found
+
+
+def readable(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Those whose names do not lie on that of another: of near ones the best."""
+    found: list[tuple[float, float, str]] = []
+    for x, y, name in reversed(points):
+        if all(b - y > APART[1] or a > APART[0] * x for a, b, _ in found):
+            found.append((x, y, name))
+    return found[::-1]
+
+
+def in_chart(name: str) -> str:
+    """A short name."""
+    short = name.removeprefix(OURS).removeprefix("stacked SOURCE, ")
+    return short.replace(", beside the GGN", " + GGN")
 
 
 def draw(results: Mapping[str, Any], file: Path) -> None:
@@ -472,9 +492,9 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
         panel.step(
             *zip(*((x, y) for x, y, _ in best), strict=True), where="post", color="0.6", lw=1
         )
-        for x, y, name in best:
+        for x, y, name in readable(best):
             panel.annotate(
-                name.removeprefix(OURS),
+                in_chart(name),
                 (x, y),
                 (4, 5),
                 textcoords="offset points",
