@@ -356,8 +356,8 @@ DRAWN = """\
 
 Seconds of fit and scores of all queries, trainings included, divided by those of one plain epoch in
 full batches. Blue circles are ours, open squares the peers' on the same truth; bars are the
-intervals of the table. *10 halves* is SOURCE of as many, stacked, and *+ GGN* with the GGN of the model
-beside. Pale: {shared} of {ours} points of ours and {peers_shared} of {peers} of the
+intervals of the table. *10 halves* is SOURCE of as many, stacked, and *+ GGN* with the
+model's GGN beside. Pale: {shared} of {ours} points of ours and {peers_shared} of {peers} of the
 peers' are of wall time on a machine that did other work (`shared` in the result), and may lie
 several times too far to the right; the others are of an idle machine, or of CPU seconds. The dashed
 line is the ceiling with its interval. The steps join what is better than all that is cheaper by
