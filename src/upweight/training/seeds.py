@@ -70,6 +70,7 @@ def rows_together(
             train alone, since on a GPU `vmap` draws others.
     """
     first = recipes[0].prepare(task, train)
+    prepared: list[Trainer] = [first]
     size = max(1, first.at_once)
     if isinstance(first, TrainingTrainer) and size > 1:
         # Models of one seed have the same batches, unless absent examples are left out: shared
@@ -82,6 +83,7 @@ def rows_together(
             size = min(size, _batches_in_cache(first))
         if len(recipes) > 1 and size > 1 and apart and not draws and _is_small(first):
             trainers = [first, *(_prepared(recipe, task, train) for recipe in recipes[1:])]
+            prepared = [*trainers]
             if _are_alike(trainers):
                 rows = torch.arange(len(group))
                 for chunk in torch.tensor_split(rows, -(-len(rows) // size)):
@@ -89,7 +91,7 @@ def rows_together(
                     yield (SeveralSeeds.of(own) if len(own) > 1 else own[0]), chunk
                 return
     for k, recipe in enumerate(recipes):
-        trainer = first if k == 0 else recipe.prepare(task, train)
+        trainer = prepared[k] if k < len(prepared) else recipe.prepare(task, train)
         rows = (group == k).nonzero()[:, 0]
         for chunk in torch.tensor_split(rows, -(-len(rows) // size)):
             yield trainer, chunk

@@ -151,17 +151,17 @@ def subset_models(
     for trainer, chunk in rows_together(
         [reseeded(recipe, k) for k in range(seeds)], task, train, group, replayed=runs
     ):
-        own, key = weights[chunk], f"seeds {[APART + k for k in group[chunk].tolist()]}"
+        drawn, key = weights[chunk], f"seeds {[APART + k for k in group[chunk].tolist()]}"
         if runs:
             assert isinstance(trainer, TrainingTrainer)
-            for row, run in zip(chunk.tolist(), _runs(trainer, own, models, key), strict=True):
+            for row, run in zip(chunk.tolist(), _runs(trainer, drawn, models, key), strict=True):
                 kept[row] = run
                 for share in at:
                     found = run.state(max(1, round(share * len(run)))).theta
                     theta[share][row] = found.to(theta[share])
             continue
-        make = partial(_trained, trainer, recipe, own, at)
-        made = models.once(f"{key} at {list(at)}", own, make)
+        make = partial(_trained, trainer, recipe, drawn, at)
+        made = models.once(f"{key} at {list(at)}", drawn, make)
         for share in at:
             theta[share][chunk] = made[str(share)].to(theta[share])
         for row, some in zip(chunk.tolist(), unpacked_others(made, len(chunk)), strict=False):
